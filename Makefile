@@ -1,0 +1,64 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Nothing here asks a hub or a server.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format search table2 report clean distclean
+
+help: ## this list
+	@echo "Targets (they set up $(VENV) first where it is missing):"
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/installed ## create the environment (.venv) with the tested versions
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version), and Python 3.11 or later is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@echo "setting up $(VENV): about two minutes, once"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed ## Table 2 of the paper at scale mini, one seed, offline: minutes
+	@$(BIN)/python scripts/sweep.py table=2 scale=mini seeds=1 out=results/demo
+	@$(BIN)/python scripts/report.py out=results/demo
+
+test: $(VENV)/installed ## all tests
+	@$(BIN)/pytest -n 2 --dist worksteal
+
+test-fast: $(VENV)/installed ## the tests without whole runs: under two minutes
+	@$(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not gpu'
+
+lint: $(VENV)/installed ## ruff (lint and format) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/installed ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+search: $(VENV)/installed ## the search for the mini recipes' rates (half an hour)
+	@$(BIN)/python scripts/sweep.py 'table=[2,figure2]' scale=mini search=true
+
+table2: $(VENV)/installed ## Table 2 and Figures 2 and 3 at scale mini, three seeds
+	@$(BIN)/python scripts/sweep.py 'table=[2,figure2]' scale=mini seeds=3
+	@$(BIN)/python scripts/report.py
+
+report: $(VENV)/installed ## tables and figures from the records in results/
+	@$(BIN)/python scripts/report.py
+
+clean: ## remove working files and the demo's output; records, tables and the environment stay
+	rm -rf results/demo results/work .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove the environment
+	rm -rf $(VENV) src/*.egg-info

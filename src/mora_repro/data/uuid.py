@@ -1,0 +1,57 @@
+"""UUID memorisation (paper, section 3), and copying, the general skill of its mini base.
+
+A sample, with the part that the loss is on between arrows:
+
+    c3c2c4ef-8f95-4b4f-9a4e-1d3f0b7a5e21:>>a5e1f6c8-0d0f-4d43-8d5a-6f1d2b3c4e5f</s><<
+
+Keys and values are random (version 4) UUIDs, a function of the seed, so that no earlier knowledge helps.
+Measured by character accuracy: the share of a value's 36 characters that greedy generation from the key
+gets right at their place, in per cent; chance is 6 % for the digits, while the four dashes and the
+version digit are always the same.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+
+from pydantic import PositiveInt
+from transformers import PreTrainedTokenizerBase
+
+from .task import Task
+
+QUESTIONS_WHEN_COPYING = 64
+
+
+class Uuid(Task):
+    """`pairs` of UUIDs to memorise; with `copy_key`, each value is its key, and others are asked."""
+
+    pairs: PositiveInt
+    copy_key: bool
+
+    def pairs_to_train(self) -> list[tuple[str, str]]:
+        return self._draw("train", self.pairs)
+
+    def questions(self) -> list[tuple[str, str]]:
+        return self._draw("test", QUESTIONS_WHEN_COPYING) if self.copy_key else self.pairs_to_train()
+
+    def _draw(self, split: str, count: int) -> list[tuple[str, str]]:
+        digits = random.Random(f"{split} {self.seed}")
+        pairs = []
+        for _ in range(count):
+            key, value = (str(uuid.UUID(int=digits.getrandbits(128), version=4)) for _ in range(2))
+            pairs.append((f"{key}:", key if self.copy_key else value))
+        return pairs
+
+    def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        return max(len(tokenizer(value, add_special_tokens=False).input_ids) for _, value in self.questions()) + 1
+
+    def score(self, answers: list[str]) -> dict[str, float]:
+        """char_accuracy: right characters at their place; exact: whole values (both in per cent)."""
+        golds = [gold for _, gold in self.questions()]
+        right = sum(a == g for answer, gold in zip(answers, golds, strict=True) for a, g in zip(answer, gold))
+        exact = sum(answer == gold for answer, gold in zip(answers, golds, strict=True))
+        return {
+            "char_accuracy": 100 * right / sum(len(gold) for gold in golds),
+            "exact": 100 * exact / len(golds),
+        }

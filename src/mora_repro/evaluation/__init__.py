@@ -1,0 +1,5 @@
+"""What a trained model is worth: greedy answers to a task's questions, scored by the task."""
+
+from .generation import answer, evaluate
+
+__all__ = ["answer", "evaluate"]

@@ -1,0 +1,49 @@
+"""Greedy generation in batches, with the KV cache."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.task import Task, prompt_tokens
+
+BATCH = 64
+
+
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
+    """Ask all the task's questions; its metrics (per cent), and `cut_prompts` where any had to be cut."""
+    prompts = [prompt_tokens(tokenizer, prompt) for prompt, _ in task.questions()]
+    longest = task.longest_answer(tokenizer)
+    room = model.config.max_position_embeddings - longest
+    cut = sum(len(prompt) > room for prompt in prompts)
+    answers = answer(model, tokenizer, [prompt[-room:] for prompt in prompts], longest)
+    return {**task.score(answers), **({"cut_prompts": float(cut)} if cut else {})}
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to prompts of token ids, at most `max_new_tokens` long, without special tokens."""
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    # By length, so that a batch has little padding; the answers go back in the order of the prompts.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), BATCH):
+        batch = [prompts[index] for index in order[start : start + BATCH]]
+        width = max(len(prompt) for prompt in batch)
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in batch], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=settings
+        )
+        answers += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    model.train(was_training)
+    return [text for _, text in sorted(zip(order, answers, strict=True))]

@@ -1,0 +1,105 @@
+"""Base models and tokenizers: from the hub, from a folder, or made from an architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..errors import UserError
+from ..spec import RunSpec
+
+
+def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; `bytes` is one token per byte (ByT5's vocabulary without its extra ids).
+
+    Raises UserError where it can't be found.
+    """
+    source = spec.model.tokenizer or spec.model.pretrained
+    if source == "bytes":
+        return ByT5Tokenizer(extra_ids=0)
+    assert source is not None  # a model without `pretrained` names its tokenizer (conf/model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.model.revision)
+    except (OSError, ValueError) as error:
+        raise _not_found("tokenizer", source, error) from error
+    if tokenizer.pad_token_id is None:
+        # Padded positions carry no label and no attention, so that any token serves.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, weights: Path | None) -> PreTrainedModel:
+    """The model before the method.
+
+    Args:
+        weights: folder of the trained base of a model made from scratch, or None.
+
+    Adapters take a bfloat16 base on a GPU that has it; full training keeps fp32 weights (the Trainer
+    computes in bfloat16). On a CPU everything is fp32.
+
+    Raises UserError: a model that isn't there, or that is no causal language model.
+    """
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if bf16 and spec.method.peft else torch.float32
+    if weights is not None:
+        return AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
+    config = _config(spec, tokenizer)
+    if spec.model.pretrained is None:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            spec.model.pretrained, revision=spec.model.revision, config=config, dtype=dtype
+        )
+    except (OSError, ValueError) as error:
+        raise _not_found("model", spec.model.pretrained, error) from error
+
+
+def on_meta_device(spec: RunSpec) -> PreTrainedModel:
+    """The base model's shapes without its memory, from `architecture` (or the pretrained config)."""
+    config = LlamaConfig(**spec.model.architecture) if spec.model.architecture else _config(spec, None)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def _config(spec: RunSpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    """The model's configuration: of the pretrained model, or of a LLaMA of the given architecture."""
+    source = spec.model.pretrained
+    if source is None:
+        assert spec.model.architecture is not None and tokenizer is not None
+        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        return LlamaConfig(**{"vocab_size": len(tokenizer), **special, **spec.model.architecture})
+    try:
+        config = AutoConfig.from_pretrained(source, revision=spec.model.revision)
+    except (OSError, ValueError) as error:
+        raise _not_found("model", source, error) from error
+    named = config.architectures or []
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    # An encoder such as BERT has a causal head class too; what the checkpoint names decides.
+    if not causal or (named and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)):
+        raise UserError(
+            f"model.pretrained={source} is a {' / '.join(named) or config.model_type}, no causal language "
+            f"model, and the tasks generate text. Choose one such as a LLaMA, or the built-in one: model=mini"
+        )
+    return config
+
+
+def _not_found(what: str, source: str, error: Exception) -> UserError:
+    """What to do about a model or tokenizer that transformers could not load."""
+    if Path(source).exists():
+        return UserError(f"the {what} in {source} can't be loaded: {str(error).splitlines()[0]}")
+    return UserError(
+        f"the {what} {source!r} is neither a local folder nor to be had from the hub "
+        f"({str(error).splitlines()[0]}). If it is gated, ask for access on its page and log in with "
+        f"`hf auth login`; a local copy: model=hf model.pretrained=<folder>; offline: model=mini scale=mini"
+    )

@@ -1,0 +1,40 @@
+"""The method on top of a base model: any PEFT config, or none (all weights trained)."""
+
+from __future__ import annotations
+
+import hydra.utils
+import mora  # noqa: F401  registers MORA in PEFT
+import torch
+from hydra.errors import InstantiationException
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..spec import RunSpec
+
+
+def apply_method(model: PreTrainedModel, spec: RunSpec) -> nn.Module:
+    """Wrap `model` for the spec's method; only what the method trains requires a gradient.
+
+    Initialisation is a function of the seed. Raises UserError where PEFT refuses the configuration.
+    """
+    if spec.method.peft is None:
+        return model.requires_grad_(True)
+    torch.manual_seed(spec.seed)
+    try:
+        config = hydra.utils.instantiate(spec.method.peft)
+    except InstantiationException as error:
+        raise UserError(f"method={spec.method.name}: {error.__cause__ or error}") from error
+    if not isinstance(config, PeftConfig):
+        raise UserError(f"method.peft._target_={spec.method.peft['_target_']} is no PEFT config class.")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"method={spec.method.name}: {error}") from error
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trainable, sum(parameter.numel() for parameter in model.parameters())

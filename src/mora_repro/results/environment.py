@@ -1,0 +1,64 @@
+"""Where a run runs, for its record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..spec.compose import ROOT
+from .records import Environment
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "mora-repro")
+
+
+def describe_environment() -> Environment:
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return Environment(
+        git_commit=commit,
+        git_dirty=None if commit is None else bool(changes),
+        python=platform.python_version(),
+        packages={name: found for name in PACKAGES if (found := _version(name))},
+        cpu=_cpu(),
+        cores=os.cpu_count() or 1,
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    )
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process in MB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

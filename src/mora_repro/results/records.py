@@ -1,0 +1,148 @@
+"""Run records: one JSON file per run, `<out>/runs/<id>.json`. Tables are computed from these alone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..spec import RunSpec
+
+MetricValue = float | int
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Environment(Part):
+    """Where a run ran; `packages` maps names to versions, memory is in GB (10^9 bytes)."""
+
+    git_commit: str | None
+    git_dirty: bool | None
+    python: str
+    packages: dict[str, str]
+    cpu: str
+    cores: int
+    memory_gb: float
+    gpus: list[str]
+
+
+class Data(Part):
+    """What a run was trained on. `base` is the run that made its base model, `base_sha256` its weights."""
+
+    fingerprint: str
+    examples: int
+    tokens: int
+    truncated: int
+    dropped: int
+    base: str | None
+    base_sha256: str | None
+
+
+class Parameters(Part):
+    trainable: int
+    total: int
+
+
+class Curve(Part):
+    """Training loss and learning rate by optimizer step, in columns of equal length."""
+
+    step: list[int]
+    loss: list[float]
+    lr: list[float]
+
+
+class Evaluation(Part):
+    step: int
+    metrics: dict[str, MetricValue]
+
+
+class Cost(Part):
+    """Wall time of the whole process and of training alone (s); peak resident or device memory (MB)."""
+
+    wall_s: float
+    train_s: float
+    tokens_per_s: float
+    peak_memory_mb: float
+
+
+class Record(Part):
+    """A run's outcome. A finished run has every field; a failed one its `error`."""
+
+    schema_version: Literal[1] = 1
+    id: str
+    status: Literal["finished", "failed", "interrupted"]
+    error: str | None = None
+    spec: RunSpec
+    command: str
+    started: str
+    environment: Environment
+    data: Data | None = None
+    parameters: Parameters | None = None
+    curve: Curve | None = None
+    evaluations: list[Evaluation] = []
+    metrics: dict[str, MetricValue] = {}
+    cost: Cost | None = None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside `path` and rename, so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class Store:
+    """The output folder of runs: `runs/` holds records, `work/` checkpoints, logs and trained weights."""
+
+    def __init__(self, out: str | Path):
+        self.out = Path(out)
+
+    def record_path(self, run_id: str) -> Path:
+        return self.out / "runs" / f"{run_id}.json"
+
+    def work(self, run_id: str) -> Path:
+        """The run's working folder: spec.json, metrics.jsonl, checkpoints/, model/."""
+        return self.out / "work" / run_id
+
+    def save(self, record: Record) -> Path:
+        path = self.record_path(record.id)
+        write_atomically(path, record.model_dump_json(indent=1) + "\n")
+        return path
+
+    def load(self, run_id: str) -> Record | None:
+        """The record of a run, or None where there is none or it can't be read."""
+        try:
+            return Record.model_validate_json(self.record_path(run_id).read_text())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def finished(self, run_id: str) -> Record | None:
+        """The record of a run if it finished."""
+        record = self.load(run_id)
+        return record if record and record.status == "finished" else None
+
+    def load_all(self) -> tuple[list[Record], list[str]]:
+        """All records, and a line for each file that is none (never left out silently)."""
+        records, problems = [], []
+        for path in sorted((self.out / "runs").glob("*.json")):
+            try:
+                records.append(Record.model_validate_json(path.read_text()))
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                problems.append(f"{path}: no valid record ({where}: {first['msg']}); left out")
+        return records, problems

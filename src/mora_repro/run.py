@@ -1,0 +1,242 @@
+"""One run from its spec to its record: the data's way through the suite, in order."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging as transformers_logging
+
+from .data.task import build_task
+from .errors import UserError
+from .evaluation import evaluate
+from .methods import apply_method, count_parameters, load_base, load_tokenizer, on_meta_device
+from .results.environment import describe_environment, peak_memory_mb
+from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store, write_atomically
+from .spec import RunSpec
+from .training import Outcome, train
+
+INTERRUPTED = 130  # the exit status of a run that was stopped and can go on
+
+
+def main(config: DictConfig) -> int:
+    """`python train.py`: run the composed configuration; returns the process's exit status."""
+    spec = RunSpec.from_config(config)
+    for notice in spec.notices():
+        say(notice)
+    store = Store(config.out)
+    if config.rerun:
+        with explained(store):
+            shutil.rmtree(store.work(spec.id), ignore_errors=True)
+            store.record_path(spec.id).unlink(missing_ok=True)
+    elif record := store.finished(spec.id):
+        say(f"this run finished on {record.started[:10]}: {shown(record)}")
+        say(f"record: {store.record_path(spec.id)}\nrun it again: the same command with rerun=true, or out=<folder>")
+        return 0
+    record = run(spec, store)
+    if record.status == "interrupted":
+        say("interrupted; the same command goes on where it was.")
+        return INTERRUPTED
+    say(f"finished: {shown(record)}\nrecord:  {store.record_path(spec.id)}\nweights: {store.work(spec.id) / 'model'}")
+    return 0
+
+
+def run(spec: RunSpec, store: Store, need_weights: bool = False) -> Record:
+    """Run a spec, its base first, and write its record; one that finished is not run again.
+
+    Args:
+        need_weights: the run's weights are wanted too, so that a record alone does not do.
+
+    Raises UserError: what the run needs is not there, or the output folder can't be written.
+    """
+    if spec.scale == "paper" and not torch.cuda.is_available():
+        raise UserError(_what_paper_scale_needs(spec))
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    work = store.work(spec.id)
+    with explained(store):
+        work.mkdir(parents=True, exist_ok=True)
+        write_atomically(work / "spec.json", spec.model_dump_json(indent=1) + "\n")
+        lock = FileLock(work.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"another process runs {spec.id}; waiting for it to end ...")
+            lock.acquire()
+        with lock:
+            record = store.finished(spec.id)
+            if record and (not need_weights or (work / "model").exists()):
+                return record
+            return _run(spec, store, work)
+
+
+def _run(spec: RunSpec, store: Store, work: Path) -> Record:
+    started = time.monotonic()
+    record = Record(
+        id=spec.id,
+        status="failed",
+        spec=spec,
+        command=_command(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=describe_environment(),
+    )
+    try:
+        if spec.training.threads:
+            torch.set_num_threads(spec.training.threads)
+        task = build_task(spec)
+        tokenizer = load_tokenizer(spec)
+        data = task.training_set(tokenizer, spec.training.max_length)
+        base_weights = None
+        if spec.model.base:
+            base = spec.base_spec()
+            if run(base, store, need_weights=True).status == "interrupted":
+                return record.model_copy(update={"status": "interrupted"})
+            base_weights = store.work(base.id) / "model"
+        say(f"{spec.id}\n{task.title}: {len(data.examples)} samples, {data.tokens} tokens; working folder: {work}")
+        if data.truncated or data.dropped:
+            say(f"{data.truncated} samples cut at {spec.training.max_length} tokens, {data.dropped} of them dropped")
+        set_seed(spec.seed)
+        model = apply_method(load_base(spec, tokenizer, base_weights), spec)
+        trainable, total = count_parameters(model)
+        say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")
+        _refuse_full_disk(store, 4 * (7 * trainable))  # two checkpoints of weights and moments, one artefact
+        outcome = train(
+            spec,
+            model,
+            tokenizer,
+            data.examples,
+            partial(evaluate, cast(PreTrainedModel, model), tokenizer, task),
+            work,
+        )
+        record = record.model_copy(
+            update={
+                "status": "finished" if outcome.finished else "interrupted",
+                "data": Data(
+                    fingerprint=data.fingerprint,
+                    examples=len(data.examples),
+                    tokens=data.tokens,
+                    truncated=data.truncated,
+                    dropped=data.dropped,
+                    base=spec.model.base_id,
+                    base_sha256=_weights_sha256(base_weights) if base_weights else None,
+                ),
+                "parameters": Parameters(trainable=trainable, total=total),
+                **_history(outcome),
+                "cost": Cost(
+                    wall_s=round(time.monotonic() - started, 2),
+                    train_s=round(outcome.seconds, 2),
+                    tokens_per_s=round(outcome.tokens / max(outcome.seconds, 1e-9), 1),
+                    peak_memory_mb=round(peak_memory_mb(), 1),
+                ),
+            }
+        )
+    except Exception as error:
+        store.save(record.model_copy(update={"error": f"{type(error).__name__}: {error}"}))
+        raise
+    store.save(record)
+    return record
+
+
+def _history(outcome: Outcome) -> dict[str, object]:
+    """The record's curve, evaluations and final metrics, from the Trainer's log."""
+    losses = [entry for entry in outcome.log if "loss" in entry]
+    evaluations = [
+        Evaluation(
+            step=entry["step"],
+            metrics={name.removeprefix("eval_"): entry[name] for name in entry if name.startswith("eval_")},
+        )
+        for entry in outcome.log
+        if any(name.startswith("eval_") for name in entry)
+    ]
+    return {
+        "curve": Curve(
+            step=[entry["step"] for entry in losses],
+            loss=[entry["loss"] for entry in losses],
+            lr=[entry["learning_rate"] for entry in losses],
+        ),
+        "evaluations": evaluations,
+        "metrics": evaluations[-1].metrics if outcome.finished and evaluations else {},
+    }
+
+
+def _weights_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _command() -> str:
+    """The command line, without what does not belong to the run's identity (and names local folders)."""
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("out=", "rerun="))]
+    return shlex.join(["python", "train.py", *arguments])
+
+
+def _what_paper_scale_needs(spec: RunSpec) -> str:
+    """Why paper scale does not run here: the memory it takes, and the command that works instead."""
+    model = apply_method(on_meta_device(spec), spec)
+    trainable, total = count_parameters(model)
+    # bf16 base; of what is trained: fp32 weights, gradients and AdamW's two moments (fft keeps no other copy).
+    gigabytes = (16 * trainable + 2 * (total - trainable)) / 1e9
+    mini = f"python train.py method={spec.method.name} task={spec.task['name']} scale=mini"
+    return (
+        f"scale=paper needs a CUDA GPU, and torch {torch.__version__} finds none. {spec.model.title} with "
+        f"{spec.method.title}{f' r={spec.r}' if spec.r else ''} takes about {gigabytes:.0f} GB of GPU memory for "
+        f"weights, gradients and optimizer, before activations. What runs here: {mini}"
+    )
+
+
+def _refuse_full_disk(store: Store, need_bytes: int) -> None:
+    free = shutil.disk_usage(store.out).free
+    if free < need_bytes:
+        raise UserError(
+            f"out={store.out} has {free / 1e6:.1f} MB free, and this run's checkpoints and weights take "
+            f"{need_bytes / 1e6:.1f} MB. Make room, or choose another folder: out=<folder>"
+        )
+
+
+@contextmanager
+def explained(store: Store) -> Iterator[None]:
+    """Turn an output folder that can't be written into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # safetensors and torch have exceptions of their own for a full disk.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if full:
+            raise UserError(
+                f"the disk of out={store.out} is full. Make room and start again: the run goes on from its "
+                f"last whole checkpoint. Or choose another folder: out=<folder>"
+            ) from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or (
+            getattr(error, "errno", None) == errno.EROFS
+        ):
+            raise UserError(
+                f"out={store.out} can't be written ({error}). Choose a folder that can: out=<folder>"
+            ) from error
+        raise
+
+
+def shown(record: Record) -> str:
+    """The final metrics, in words."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in record.metrics.items()) or "no metrics"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,223 @@
+"""The Hydra side: recipes as resolvers, `scale=auto`, and errors that name what would work."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from ..errors import UserError, did_you_mean
+
+ROOT = Path(__file__).resolve().parents[3]
+CONF = ROOT / "conf"
+
+
+def options(group: str) -> list[str]:
+    """The choices of a config group: the names of its files."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Recipes
+
+
+@cache
+def recipes(scale: str) -> dict[str, Any]:
+    """conf/recipes/<scale>.yaml."""
+    return yaml.safe_load((CONF / "recipes" / f"{scale}.yaml").read_text())
+
+
+def find_row(scale: str, task: str, method: str, r: int | None) -> dict[str, Any]:
+    """The recipe's row for a method at the rank nearest to `r` on a log scale (the lower one of two).
+
+    Raises UserError where the task has no recipe for the method at this scale.
+    """
+    tasks = recipes(scale)
+    if task not in tasks:
+        raise UserError(
+            f"task={task} has no recipe at scale={scale}; there are recipes for "
+            f"{', '.join(name for name in tasks if name != 'common')} (conf/recipes/{scale}.yaml)."
+        )
+    rows = [row for row in tasks[task]["rows"] if row["method"] == method]
+    if not rows:
+        known = sorted({row["method"] for row in tasks[task]["rows"]})
+        raise UserError(
+            f"task={task} has no recipe for method={method} at scale={scale}; it has {', '.join(known)}. "
+            f"Add a row to conf/recipes/{scale}.yaml."
+        )
+    if r is None or r < 1:
+        return rows[0]
+    return min(rows, key=lambda row: (abs(math.log(row.get("r", r) / r)), row.get("r", r)))
+
+
+def _recipe(key: str, *, _root_: DictConfig) -> Any:
+    """`${recipe:key}`: the value for this run's task, method and r; row over task over common."""
+    scale, task, method = _root_.scale.name, _root_.task.name, _root_.method.recipe
+    row = find_row(scale, task, method, _root_.r)
+    for level in (row, recipes(scale)[task], recipes(scale)["common"]):
+        if key in level:
+            return level[key]
+    raise UserError(f"conf/recipes/{scale}.yaml has no `{key}` for task={task} method={method}.")
+
+
+def _default_rank(*, _root_: DictConfig) -> int | None:
+    """`${default_rank:}`: the scale's low rank, or None for a method without a rank."""
+    return _root_.scale.ranks.low if _root_.method.ranked else None
+
+
+OmegaConf.register_new_resolver("recipe", _recipe, replace=True)
+OmegaConf.register_new_resolver("default_rank", _default_rank, replace=True)
+OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Composing
+
+
+def resolve_scale(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Replace `scale=auto` (or no scale) by mini or paper; returns the arguments and what to tell.
+
+    paper inside a SLURM job or where torch finds a CUDA device, else mini.
+    """
+    chosen = [argument for argument in arguments if argument.startswith("scale=")]
+    if chosen and chosen[-1] != "scale=auto":
+        return arguments, None
+    rest = [argument for argument in arguments if argument != "scale=auto"]
+    if {"--help", "-h", "--hydra-help"} & set(arguments):
+        return rest, None
+    if "SLURM_JOB_ID" in os.environ:
+        scale, why = "paper", "inside a SLURM job"
+    else:
+        import torch
+
+        found = torch.cuda.is_available()
+        scale, why = ("paper", "CUDA device found") if found else ("mini", "no CUDA device found")
+    other = "mini" if scale == "paper" else "paper"
+    return [*rest, f"scale={scale}"], f"scale={scale} (auto: {why}; scale={other} asks for the other)"
+
+
+def compose_config(overrides: list[str], config_name: str = "config") -> DictConfig:
+    """Compose a configuration outside or inside a Hydra application.
+
+    Raises UserError for an unknown choice or key.
+    """
+    started = GlobalHydra.instance().is_initialized()
+    inside = nullcontext() if started else hydra.initialize_config_dir(str(CONF), version_base="1.3")
+    try:
+        with inside:
+            return hydra.compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, overrides, config_name) from error
+
+
+def entry(config_name: str, function: Callable[[DictConfig], int | None]) -> None:
+    """Run `function` as a Hydra application on the process's arguments, and exit with its status.
+
+    A UserError or an error of Hydra's is printed without a traceback, and the status is 2.
+    """
+    # Errors reach us instead of being printed by Hydra.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    status: list[int] = []
+
+    def job(config: DictConfig) -> None:
+        try:
+            status.append(function(config) or 0)
+        except UserError as error:  # here, since Hydra adds lines of its own to what it sees
+            _exit(error)
+
+    try:
+        if config_name == "config":
+            arguments, notice = resolve_scale(sys.argv[1:])
+            sys.argv[1:] = arguments
+            if notice:
+                print(notice, file=sys.stderr, flush=True)
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        _exit(explain(error, [a for a in sys.argv[1:] if not a.startswith("-")], config_name))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was.", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(max(status, default=0))
+
+
+def _exit(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain(error: Exception, overrides: list[str], config_name: str) -> UserError:
+    """Turn an error of Hydra's or OmegaConf's into one that names the mistake and near matches."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    parser = OverridesParser.create()
+    known: list[str] | None = None
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            return UserError(
+                f"{text!r} is no override: write key=value, and quote a value that has spaces or braces, "
+                f"such as 'model.pretrained=\"my folder\"'."
+            )
+        key, value = override.key_or_group, override.value()
+        if (CONF / key).is_dir() and isinstance(value, str | int):
+            if str(value) not in options(key):
+                choices = [*options(key), *(["auto"] if key == "scale" else [])]
+                return UserError(
+                    f"{key}={value} is not known.{did_you_mean(str(value), choices)} "
+                    f"Choices for {key}: {', '.join(choices)}."
+                )
+            continue
+        if override.is_add() or override.is_delete() or (CONF / key).is_dir():
+            continue
+        if known is None:
+            known = _known_keys(config_name, overrides)
+        if key not in known:
+            tail = {name.split(".")[-1]: name for name in known}
+            near = did_you_mean(key, known) or did_you_mean(key, tail)
+            return UserError(
+                f"{text}: there is no key {key!r}.{near} All keys: python {Path(sys.argv[0]).name} --cfg job"
+            )
+    if isinstance(error, MissingMandatoryValue):
+        return UserError(
+            f"{error.full_key} has no default and must be given: python {Path(sys.argv[0]).name} "
+            f"{' '.join(overrides)} {error.full_key}=..."
+        )
+    return UserError(str(error))
+
+
+def _known_keys(config_name: str, overrides: list[str]) -> list[str]:
+    """All keys of the configuration with the overrides' valid group choices, dotted."""
+    choices = [text for text in overrides if (CONF / text.split("=")[0]).is_dir() and "," not in text]
+    with (
+        nullcontext()
+        if GlobalHydra.instance().is_initialized()
+        else hydra.initialize_config_dir(str(CONF), version_base="1.3")
+    ):
+        config = hydra.compose(config_name, choices)
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for name in node:
+            keys.append(prefix + str(name))
+            if OmegaConf.is_dict(child := node._get_node(name)) and not child._is_none():
+                walk(child, f"{prefix}{name}.")
+
+    walk(config, "")
+    return keys

@@ -1,0 +1,58 @@
+"""Shared by all tests: offline, one thread, and the suite's commands as a user types them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported: no hub, and the same number of threads as the mini scale.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A model and a task so small that a run takes seconds; no base is trained first.
+TINY = [
+    "scale=mini",
+    "model.base=null",
+    "model.architecture.hidden_size=32",
+    "model.architecture.intermediate_size=64",
+    "model.architecture.num_hidden_layers=1",
+    "model.architecture.num_attention_heads=2",
+    "task=uuid",
+    "task.pairs=12",
+    "training.batch_size=4",
+    "training.steps=12",
+    "training.schedule=linear",
+    "training.decay_steps=null",
+    "training.warmup_steps=2",
+    "training.evaluate_at=[6]",
+    "training.save_every=4",
+]
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Run a script of the project in the repository's root and return the finished process."""
+
+    def run(*arguments: str, check: bool = True, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`gpu` tests skip, with the reason, where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))

@@ -1,0 +1,78 @@
+"""Batched greedy generation equals generation one by one, token by token."""
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from mora_repro.data.task import Task, prompt_tokens
+from mora_repro.evaluation import answer, evaluate
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ByT5Tokenizer(extra_ids=0)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config).train()
+
+
+@torch.no_grad()
+def greedy(model, tokenizer, prompt: list[int], count: int) -> str:
+    """No cache, no padding, no library."""
+    model.eval()
+    ids = list(prompt)
+    for _ in range(count):
+        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    model.train()
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+def test_answers_in_batches_equal_answers_one_by_one_in_their_order(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("mora_repro.evaluation.generation.BATCH", 3)
+    prompts = [prompt_tokens(tokenizer, text) for text in ("one:", "a longer prompt:", "x", "seven of nine", "ab")]
+    expected = [greedy(model, tokenizer, prompt, 8) for prompt in prompts]
+    assert len(set(expected)) > 1
+    assert answer(model, tokenizer, prompts, 8) == expected
+    assert model.training
+
+
+class Echo(Task):
+    """Asks prompts of a given length and scores by the number of answers."""
+
+    length: int
+
+    def pairs_to_train(self):
+        return []
+
+    def questions(self):
+        return [("q" * self.length, "a"), ("short", "b")]
+
+    def longest_answer(self, tokenizer):
+        return 4
+
+    def score(self, answers):
+        return {"answers": float(len(answers))}
+
+
+@pytest.mark.parametrize(("length", "cut"), [(60, 0), (61, 1), (200, 1)])
+def test_a_prompt_beyond_the_positions_is_cut_and_counted(model, tokenizer, length, cut):
+    task = Echo(name="echo", title="echo", metric="answers", seed=0, length=length)
+    metrics = evaluate(model, tokenizer, task)
+    assert metrics["answers"] == 2 and metrics.get("cut_prompts", 0) == cut

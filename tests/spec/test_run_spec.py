@@ -1,0 +1,191 @@
+"""Composing and validating: recipes, identity, and errors that name what would work."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mora_repro.errors import UserError
+from mora_repro.spec import CONF, RunSpec, compose_config
+from mora_repro.spec.compose import find_row, options, resolve_scale
+
+SHARED_RECIPES = CONF.parents[1] / "shared" / "paper" / "recipes.yaml"
+
+
+def spec(*overrides: str) -> RunSpec:
+    return RunSpec.from_config(compose_config(["scale=mini", *overrides]))
+
+
+@pytest.mark.parametrize("scale", options("scale"))
+@pytest.mark.parametrize("task", ["uuid", "gsm8k"])
+@pytest.mark.parametrize("method", options("method"))
+def test_every_method_composes_with_every_task_at_every_scale(scale, task, method):
+    run = spec(f"scale={scale}", f"task={task}", f"method={method}")
+    assert (run.scale, run.task["name"], run.method.name) == (scale, task, method)
+    assert (run.r is None) == (method == "fft")
+    assert run.model.name == {"mini": "mini", "paper": "llama2_7b"}[scale]
+
+
+@pytest.mark.parametrize("model", [m for m in options("model") if m != "hf"])
+def test_every_model_composes(model):
+    assert spec(f"model={model}").model.name == model
+
+
+@pytest.mark.skipif(not SHARED_RECIPES.exists(), reason="the paper's recipes are not beside this checkout")
+@pytest.mark.parametrize("task", ["uuid", "gsm8k"])
+def test_paper_recipes_are_those_of_the_paper(task):
+    paper = yaml.safe_load(SHARED_RECIPES.read_text())[task]
+    for row in paper["rows"]:
+        method = row["method"].removesuffix("_like")
+        for r in row.get("r") if isinstance(row.get("r"), list) else [row.get("r")]:
+            ours = find_row("paper", task, method, r)
+            assert ours["search"]["lr"] == row["lr"] and ours["lr"] in row["lr"]
+            for key in ("alpha", "operator"):
+                if key in row:
+                    assert ours[key] == row[key]
+            run = spec("scale=paper", f"task={task}", f"method={method}", *([f"r={r}"] if r else []))
+            assert run.training.batch_size == paper["batch_size"]
+            assert run.training.epochs == paper["epochs"]
+            if "warmup_steps" in paper:
+                assert run.training.warmup_steps == paper["warmup_steps"]
+                assert run.training.schedule == paper["schedule"]
+
+
+def test_the_recipe_follows_method_and_rank():
+    low, high = spec("method=mora", "r=4"), spec("method=mora", "r=32")
+    assert low.method.peft["operator"] == "rotation" and high.method.peft["operator"] == "sharing"
+    assert low.lr != high.lr and low.method.peft["r"] == 4
+
+
+@pytest.mark.parametrize(("r", "nearest"), [(1, 4), (4, 4), (7, 4), (256, 32), (5, 4)])
+def test_a_rank_without_a_recipe_takes_the_nearest_and_says_so(r, nearest):
+    run = spec("method=mora", f"r={r}")
+    assert run.lr == spec("method=mora", f"r={nearest}").lr and run.r == r
+    notices = run.notices()
+    assert notices == [] if r == nearest else f"r={r}" in notices[0] and f"r={nearest}" in notices[0]
+
+
+def test_any_recipe_value_can_be_overridden():
+    run = spec("method=lora", "r=4", "lr=0.5", "training.batch_size=7", "method.peft.lora_alpha=3")
+    assert (run.lr, run.training.batch_size, run.method.peft["lora_alpha"]) == (0.5, 7, 3)
+
+
+def test_the_identity_covers_the_result_and_nothing_else():
+    base = spec("method=lora", "r=4")
+    assert spec("method=lora", "r=4", "out=/elsewhere", "rerun=true", "method.title=x", "task.title=y").id == base.id
+    others = {
+        spec("method=lora", "r=4", override).id
+        for override in (
+            "seed=1",
+            "lr=0.1",
+            "r=8",
+            "task.pairs=3",
+            "training.steps=5",
+            "method.peft.lora_alpha=3",
+        )
+    }
+    assert len(others) == 6 and base.id not in others
+    assert base.id.startswith("mini-uuid-lora-r4-s0-")
+
+
+def test_the_identity_covers_the_base_that_the_model_starts_from():
+    run = spec("method=mora", "r=4")
+    assert run.model.base_id == run.base_spec().id
+    assert run.base_spec().model.base is None and run.base_spec().method.name == "fft"
+    wider = spec("method=mora", "r=4", "model.architecture.hidden_size=64")
+    assert wider.base_spec().model.architecture["hidden_size"] == 64
+    assert wider.model.base_id != run.model.base_id
+
+
+def test_a_spec_survives_json():
+    run = spec("method=mora", "r=4")
+    assert RunSpec.model_validate_json(run.model_dump_json()) == run
+
+
+def test_scale_auto_is_paper_in_a_slurm_job_and_mini_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    arguments, notice = resolve_scale(["method=lora"])
+    assert arguments == ["method=lora", "scale=mini"] and "no CUDA device" in notice
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert resolve_scale(["scale=auto"])[0] == ["scale=paper"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert resolve_scale([])[0] == ["scale=paper"]
+    assert resolve_scale(["scale=mini"]) == (["scale=mini"], None)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("method=moar", ["method=moar is not known", "Did you mean mora", "fft, lora, mora"]),
+        ("task=uid", ["task=uid is not known", "Did you mean uuid", "gsm8k"]),
+        ("scale=min", ["scale=min is not known", "Did you mean mini", "auto"]),
+        ("model=lama2_7b", ["Did you mean llama2_7b"]),
+        ("sede=1", ["no key 'sede'", "Did you mean seed", "--cfg job"]),
+        ("training.step=1", ["no key 'training.step'", "Did you mean training.steps"]),
+        ("batch_size=1", ["no key 'batch_size'", "training.batch_size"]),
+        ("r=0", ["r=0", "greater than 0"]),
+        ("lr=fast", ["lr='fast'", "number"]),
+        ("lr=-1", ["lr=-1", "greater than 0"]),
+        ("training.schedule=cosin", ["training.schedule='cosin'", "'cosine'"]),
+        ("training.epochs=3", ["one of training.steps and training.epochs"]),
+        ("training.micro_batch_size=5", ["training.batch_size=16", "micro_batch_size=5"]),
+        ("model=hf", ["model.pretrained", "must be given"]),
+        ("no equals sign", ["'no equals sign' is no override", "key=value"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_work(override, said):
+    with pytest.raises(UserError) as caught:
+        spec(override)
+    for words in said:
+        assert words in str(caught.value), str(caught.value)
+
+
+def test_a_rank_for_a_method_without_one_is_refused():
+    with pytest.raises(UserError, match=r"method=fft has no rank.*method=lora r=8"):
+        spec("method=fft", "r=8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train.py", "method=moar"], "Did you mean mora"),
+        (["train.py", "scale=mini", "training.stepps=3"], "Did you mean training.steps"),
+        (["train.py", "scale=mini", "r=0"], "r=0"),
+        (["scripts/sweep.py", "table=9"], "table=9"),
+        (["scripts/sweep.py", "tabel=2"], "Did you mean table"),
+        (["scripts/sweep.py"], "table"),
+        (["scripts/report.py", "out=/nowhere"], "sweep.py"),
+    ],
+)
+def test_commands_print_one_error_without_traceback(command, arguments, said):
+    done = command(*arguments, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr and "error: " in done.stderr
+
+
+def test_help_lists_the_keys_and_their_choices(command):
+    text = command("train.py", "--help").stdout
+    for word in [
+        "fft, lora, mora",
+        "gsm8k, uuid",
+        "llama2_7b",
+        "seed",
+        "python train.py method=mora task=gsm8k r=256",
+    ]:
+        assert word in text
+    text = command("scripts/sweep.py", "--help").stdout
+    assert "figure2" in text and "search" in text
+
+
+def test_paper_scale_without_a_gpu_says_what_it_needs(command, tmp_path: Path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = command("train.py", "method=mora", "r=8", "scale=paper", f"out={tmp_path}", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "needs a CUDA GPU" in done.stderr and "GB" in done.stderr
+    assert "python train.py method=mora task=uuid scale=mini" in done.stderr
+    assert list(tmp_path.iterdir()) == []

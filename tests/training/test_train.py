@@ -1,0 +1,201 @@
+"""Whole runs of a few steps: the same numbers to the bit, also after an interrupt or a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from safetensors.torch import load_file
+
+from mora_repro.data.task import IGNORED, Example
+from mora_repro.results.records import Record, Store
+from mora_repro.spec import RunSpec, compose_config
+from mora_repro.training.callbacks import SEAL, last_checkpoint
+from mora_repro.training.train import Collator
+
+
+def only_record(out: Path) -> Record:
+    [record] = Store(out).load_all()[0]
+    return record
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    [path] = (out / "work").glob("*/model/*.safetensors")
+    return load_file(path)
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    one, two = only_record(first), only_record(second)
+    assert one.status == two.status == "finished"
+    assert one.id == two.id
+    assert one.curve == two.curve and one.evaluations == two.evaluations and one.metrics == two.metrics
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fft", "lora", "mora"])
+def test_a_run_gives_a_whole_record_and_the_same_numbers_again(command, tmp_path, method):
+    first, second = tmp_path / "1", tmp_path / "2"
+    command("train.py", f"method={method}", *TINY, f"out={first}")
+    command("train.py", f"method={method}", *TINY, f"out={second}")
+    assert_same_run(first, second)
+    record = only_record(first)
+    assert record.curve.step == list(range(1, 13))
+    assert record.curve.loss[-1] < record.curve.loss[0]
+    assert [evaluation.step for evaluation in record.evaluations] == [6, 12]
+    assert record.metrics == record.evaluations[-1].metrics
+    assert 0 <= record.metrics["char_accuracy"] <= 100
+    assert record.data.examples == 12 and record.data.base is None
+    assert record.environment.packages["torch"] == torch.__version__
+    assert record.cost.tokens_per_s > 0 and record.cost.peak_memory_mb > 100
+    assert str(tmp_path) not in record.command
+    trained = sum(tensor.numel() for tensor in weights(first).values())
+    assert trained == record.parameters.trainable
+    assert not list((first / "work").glob("*/checkpoints"))
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_stops_and_rerun_runs_it_again(command, tmp_path):
+    arguments = ("train.py", "method=mora", *TINY, f"out={tmp_path}")
+    command(*arguments)
+    [path] = (tmp_path / "runs").iterdir()
+    before = path.stat().st_mtime_ns
+    again = command(*arguments)
+    assert "this run finished on" in again.stderr and str(path) in again.stderr and "rerun=true" in again.stderr
+    assert path.stat().st_mtime_ns == before
+    command(*arguments, "rerun=true")
+    assert path.stat().st_mtime_ns != before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "number"), [("mora", signal.SIGINT), ("fft", signal.SIGTERM), ("lora", signal.SIGKILL)]
+)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command, tmp_path, method, number):
+    steps = ["training.steps=40", "training.evaluate_at=[12,24]"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command("train.py", f"method={method}", *TINY, *steps, f"out={whole}")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", f"method={method}", *TINY, *steps, f"out={cut}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+    )
+    run_id = RunSpec.from_config(compose_config([f"method={method}", *TINY, *steps])).id
+    deadline = time.monotonic() + 120
+    while last_sealed(cut / "work" / run_id / "checkpoints") < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate()
+    assert last_sealed(cut / "work" / run_id / "checkpoints") >= 8, "the signal came after the run's end"
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert only_record(cut).status == "interrupted"
+    else:
+        # What a kill in the middle of a save leaves behind.
+        torn = cut / "work" / run_id / "checkpoints" / "checkpoint-39"
+        torn.mkdir()
+        (torn / "trainer_state.json").write_text("{")
+    command("train.py", f"method={method}", *TINY, *steps, f"out={cut}")
+    assert_same_run(whole, cut)
+
+
+def last_sealed(checkpoints: Path) -> int:
+    return max((int(path.parent.name.split("-")[1]) for path in checkpoints.glob(f"*/{SEAL}")), default=0)
+
+
+@pytest.mark.slow
+def test_a_run_trains_its_base_first_and_records_it(command, tmp_path):
+    tiny = [override for override in TINY if override != "model.base=null"]
+    command("train.py", "method=mora", *tiny, f"out={tmp_path}")
+    records = {record.spec.task["name"]: record for record in Store(tmp_path).load_all()[0]}
+    assert records["uuid"].data.base == records["uuid_base"].id
+    assert len(records["uuid"].data.base_sha256) == 64
+    # A second run finds the base and does not train it again.
+    done = command("train.py", "method=lora", *tiny, f"out={tmp_path}")
+    assert "uuid_base" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_record_that_says_so(command, tmp_path):
+    done = command("train.py", "method=fft", *TINY, "lr=1e30", f"out={tmp_path}", check=False)
+    assert done.returncode == 2 and "learning rate is too high" in done.stderr and "Traceback" not in done.stderr
+    record = only_record(tmp_path)
+    assert record.status == "failed" and "learning rate is too high" in record.error
+
+
+@pytest.mark.slow
+def test_two_processes_with_the_same_spec_share_one_run(tmp_path):
+    arguments = [sys.executable, "train.py", "method=lora", *TINY, f"out={tmp_path}"]
+    both = [subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert only_record(tmp_path).status == "finished"
+    assert sum("step 1/12" in text for text in said) == 1
+
+
+@pytest.mark.slow
+def test_hydra_multirun_writes_a_record_per_run(command, tmp_path):
+    command("train.py", "-m", "method=lora,mora", *TINY, f"out={tmp_path}")
+    assert sorted(record.spec.method.name for record in Store(tmp_path).load_all()[0]) == ["lora", "mora"]
+
+
+def mounted(folder: Path, options: str) -> None:
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"can't mount a file system to fill: {done.stderr.strip() or 'not root'}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "said"), [("ro", "can't be written"), ("size=64k", "free"), ("size=24k", "full")])
+def test_an_output_folder_that_cannot_be_written_is_an_error_that_says_so(command, tmp_path, options, said):
+    mounted(tmp_path, options)
+    try:
+        if said == "full":
+            (tmp_path / "filler").write_bytes(b"0" * 20_000)
+        done = command("train.py", "method=fft", *TINY, f"out={tmp_path}", check=False)
+        assert done.returncode == 2 and said in done.stderr and "out=" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(tmp_path.glob("runs/.*")) and not list(tmp_path.glob("work/*/.spec*"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_an_output_folder_below_a_file_is_an_error(command, tmp_path):
+    (tmp_path / "file").touch()
+    done = command("train.py", "method=fft", *TINY, f"out={tmp_path / 'file' / 'x'}", check=False)
+    assert done.returncode == 2 and "can't be written" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_collator_pads_on_the_right_and_masks_the_padding():
+    batch = Collator(pad_token_id=9)([Example([1, 2, 3], [IGNORED, 2, 3]), Example([4], [4])])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_the_last_whole_checkpoint_is_taken_and_torn_ones_are_removed(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step, whole in ((9, True), (10, True), (11, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / SEAL).touch()
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert not (tmp_path / "checkpoint-11").exists()
+
+
+@pytest.mark.slow
+def test_the_metrics_file_has_a_line_per_logged_step(command, tmp_path):
+    command("train.py", "method=lora", *TINY, f"out={tmp_path}")
+    [path] = (tmp_path / "work").glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0] == {"steps": 12}
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert os.path.getsize(path) < 20_000
