@@ -1,0 +1,129 @@
+"""Which modules of a model get MoRA adapters, and what is done with several adapters at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import MoraConfig
+from .layer import Linear, MoraLayer
+
+
+class MoraModel(BaseTuner):
+    """Adapts a model with MoRA (arXiv 2405.12130); made by `get_peft_model(model, MoraConfig(...))`.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from mora import MoraConfig
+
+        >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf")
+        >>> model = get_peft_model(model, MoraConfig(r=8, target_modules="all-linear"))
+        ```
+    """
+
+    prefix: str = "mora_"
+    tuner_layer_cls = MoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def _create_and_replace(  # type: ignore[override]  # narrower: only ever called with its own config
+        self,
+        mora_config: MoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        pattern = get_pattern_key(list(mora_config.rank_pattern), current_key)
+        r = mora_config.rank_pattern.get(pattern, mora_config.r)
+        if isinstance(target, MoraLayer):
+            target.update_layer(adapter_name, r, config=mora_config, name=current_key)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        stored_transposed = isinstance(base, Conv1D)
+        if stored_transposed != mora_config.fan_in_fan_out:
+            if mora_config.fan_in_fan_out:
+                warnings.warn(f"{current_key} is no Conv1D; taking fan_in_fan_out=False for it.", stacklevel=2)
+            elif isinstance(base, Conv1D):
+                warnings.warn(f"{current_key} is a Conv1D; taking fan_in_fan_out=True for it.", stacklevel=2)
+        layer = Linear(
+            target, adapter_name, config=mora_config, r=r, name=current_key, fan_in_fan_out=stored_transposed
+        )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is trained only once it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """`model(..., adapter_names=[...])`: each sample of the batch with its own adapter, in evaluation."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, MoraLayer)]
+        known = {"__base__", *(name for layer in layers for name in layer.mora_M)}
+        if unknown := sorted(set(adapter_names) - known):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+        def hand_on(_: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
+            return args, {**kwargs, "adapter_names": names}
+
+        handles = [
+            layer.register_forward_pre_hook(partial(hand_on, names=adapter_names), with_kwargs=True) for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Make a new adapter whose M is the weighted sum of others' M, which is exact: the update is linear in M.
+
+        Args:
+            adapters: names of adapters of the same r, operator and groups.
+            weights: one factor for each.
+            adapter_name: the new adapter's name; nothing happens where it exists.
+            combination_type: "linear", the only one.
+
+        Raises ValueError: an unknown adapter, adapters that differ, another combination type.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if combination_type != "linear":
+            raise ValueError(f"MoRA combines adapters by combination_type='linear' alone, got {combination_type!r}.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"One weight for each adapter is needed, got {len(adapters)} and {len(weights)}.")
+        if missing := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter(s) {', '.join(missing)} not found; there are {', '.join(self.peft_config)}.")
+        configs = [self.peft_config[name] for name in adapters]
+        for key in ("r", "rank_pattern", "operator", "in_grouping", "out_grouping", "cap", "target_modules"):
+            if any(getattr(config, key) != getattr(configs[0], key) for config in configs):
+                raise ValueError(f"Adapters that are combined need the same `{key}`; these differ.")
+        self.peft_config[adapter_name] = replace(configs[0], inference_mode=True)
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for layer in self.model.modules():
+                if isinstance(layer, MoraLayer) and adapter_name in layer.mora_M:
+                    total = sum(weight * layer.mora_M[name] for name, weight in zip(adapters, weights, strict=True))
+                    layer.mora_M[adapter_name].copy_(total)
+                    layer.mora_M[adapter_name].requires_grad_(False)

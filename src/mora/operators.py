@@ -1,0 +1,301 @@
+"""The parameter-free operators of MoRA: how x is compressed to the size of M, and M's output decompressed.
+
+Shape suffixes of tensors:
+    B   any number of batch dimensions
+    K   in_features of the layer (k in the paper)
+    D   out_features of the layer (d in the paper)
+    R   r_hat, the size of the square matrix M
+    N   number of blocks of R values that x is cut into
+
+All functions are pure: they hold no state and no parameters, are linear in x, and work on every dtype and
+device. Where R does not divide K or D, they do what the authors' code does, since that made the paper's
+numbers: x is padded with its own first values (it wraps around), and the output is repeated and cut.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Grouping = Literal["strided", "blocked"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes that an operator works with.
+
+    Args:
+        in_features: K.
+        out_features: D.
+        size: R, the number of rows and columns of M; 1 <= R <= min(K, D).
+        in_grouping: sharing only: which values of x are summed, see [`sharing_compress`].
+        out_grouping: sharing only: which outputs share a value.
+    """
+
+    in_features: int
+    out_features: int
+    size: int
+    in_grouping: Grouping = "strided"
+    out_grouping: Grouping = "strided"
+
+    @property
+    def blocks(self) -> int:
+        """N: the blocks of x that reach the output. Where K > D, blocks whose output would be cut are left out."""
+        return min(ceil(self.in_features / self.size), ceil(self.out_features / self.size))
+
+
+class DenseForm(Protocol):
+    def __call__(self, m_RR: Tensor, layout: Layout) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A pair of functions around M, and the weight that they add up to.
+
+    Args:
+        name: how `MoraConfig(operator=...)` names it.
+        compress: x_BK -> x_BR, or x_BNR for an operator that applies M to several blocks.
+        decompress: M's output, of the shape that `compress` gave, -> y_BD.
+        delta_weight: M_RR -> the D x K matrix of `decompress(M @ compress(x))`. Default: the functions
+            applied to the K unit vectors, which is right for any linear pair, at the price of K forward passes
+            in one batch.
+        even: R has to be even; it is rounded down.
+    """
+
+    name: str
+    compress: Callable[[Tensor, Layout], Tensor]
+    decompress: Callable[[Tensor, Layout], Tensor]
+    delta_weight: DenseForm | None = None
+    even: bool = False
+
+    def __call__(self, x_BK: Tensor, m_RR: Tensor, layout: Layout) -> Tensor:
+        """decompress(M compress(x)): y_BD."""
+        return self.decompress(torch.nn.functional.linear(self.compress(x_BK, layout), m_RR), layout)
+
+    def dense(self, m_RR: Tensor, layout: Layout) -> Tensor:
+        """The D x K matrix that this operator and M add to the layer's weight."""
+        if self.delta_weight is not None:
+            return self.delta_weight(m_RR, layout)
+        unit_KK = torch.eye(layout.in_features, dtype=m_RR.dtype, device=m_RR.device)
+        return self(unit_KK, m_RR, layout).T.contiguous()
+
+    def size(self, in_features: int, out_features: int, r: int) -> int:
+        """R of a layer: round(sqrt((D + K) r)), so that M has the parameters of a LoRA of rank r."""
+        size = int(((in_features + out_features) * r) ** 0.5 + 0.5)
+        return size - size % 2 if self.even else size
+
+    def largest_size(self, in_features: int, out_features: int) -> int:
+        """The largest R that fits a layer: min(K, D)."""
+        largest = min(in_features, out_features)
+        return largest - largest % 2 if self.even else largest
+
+    def largest_rank(self, in_features: int, out_features: int) -> int:
+        """The largest r whose R fits a layer; 0 where none does."""
+        largest = self.largest_size(in_features, out_features)
+        r = (largest + 1) ** 2 // (in_features + out_features) + 1
+        while r > 0 and self.size(in_features, out_features, r) > largest:
+            r -= 1
+        return r
+
+
+# ---------------------------------------------------------------------------------------------------
+# Truncation, Equation 4
+
+
+def truncation_compress(x_BK: Tensor, layout: Layout) -> Tensor:
+    """The first R values."""
+    return x_BK[..., : layout.size]
+
+
+def truncation_decompress(y_BR: Tensor, layout: Layout) -> Tensor:
+    """Zeros behind the R values."""
+    return torch.nn.functional.pad(y_BR, (0, layout.out_features - layout.size))
+
+
+def truncation_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
+    delta_DK = m_RR.new_zeros(layout.out_features, layout.in_features)
+    delta_DK[: layout.size, : layout.size] = m_RR
+    return delta_DK
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sharing, Equation 6
+
+
+def _balanced(features: int, size: int) -> tuple[int, int]:
+    """Contiguous groups that differ by one at most: (members of each, how many groups have one more)."""
+    return divmod(features, size)
+
+
+def sharing_compress(x_BK: Tensor, layout: Layout) -> Tensor:
+    """The sum over each of R groups of values.
+
+    strided: the group of value j is j mod R, over x padded with its own first values to a multiple of R.
+    blocked: contiguous groups, without padding; the first K mod R groups have one member more.
+    """
+    size = layout.size
+    if layout.in_grouping == "strided":
+        x_BNR = _wrap(x_BK, ceil(layout.in_features / size), size)
+        return x_BNR.sum(dim=-2)
+    members, larger = _balanced(layout.in_features, size)
+    if larger == 0:
+        return x_BK.unflatten(-1, (size, members)).sum(dim=-1)
+    split = larger * (members + 1)
+    first = x_BK[..., :split].unflatten(-1, (larger, members + 1)).sum(dim=-1)
+    rest = x_BK[..., split:].unflatten(-1, (size - larger, members)).sum(dim=-1)
+    return torch.cat((first, rest), dim=-1)
+
+
+def sharing_decompress(y_BR: Tensor, layout: Layout) -> Tensor:
+    """Every output takes the value of its group; groups as in [`sharing_compress`], repeated and cut if strided."""
+    if layout.out_grouping == "strided":
+        return _repeat(y_BR, layout.out_features)
+    members, larger = _balanced(layout.out_features, layout.size)
+    if larger == 0:
+        return y_BR.repeat_interleave(members, dim=-1)
+    first = y_BR[..., :larger].repeat_interleave(members + 1, dim=-1)
+    return torch.cat((first, y_BR[..., larger:].repeat_interleave(members, dim=-1)), dim=-1)
+
+
+def sharing_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
+    # Rows: decompress acts on M's columns. Columns: its own transpose, so that wrapped values add up.
+    m_DR = sharing_decompress(m_RR.T, layout).T
+    size, in_features = layout.size, layout.in_features
+    if layout.in_grouping == "blocked":
+        mirrored = Layout(layout.out_features, in_features, size, out_grouping="blocked")
+        return sharing_decompress(m_DR, mirrored)
+    return _unwrap(_repeat(m_DR, ceil(in_features / size) * size), in_features)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Decoupling, Equation 8, and rotation, Equation 9
+
+
+def decoupling_compress(x_BK: Tensor, layout: Layout) -> Tensor:
+    """x in N blocks of R values, padded with its own first values."""
+    return _wrap(x_BK, layout.blocks, layout.size)
+
+
+def decoupling_decompress(y_BNR: Tensor, layout: Layout) -> Tensor:
+    """The blocks' outputs one behind the other, cut at D, or repeated from the start and cut.
+
+    Block n of x reaches the outputs n R to (n + 1) R - 1 alone. So where K > D, values of x from
+    ceil(D / R) R on are not read, as in the authors' code.
+    """
+    return _repeat(y_BNR.flatten(-2), layout.out_features)
+
+
+def decoupling_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
+    return _block_diagonal(m_RR.expand(layout.blocks, -1, -1), layout)
+
+
+def rotation_compress(x_BK: Tensor, layout: Layout) -> Tensor:
+    """Blocks as in decoupling, block n rotated by the angles n theta_j, so that M can tell blocks apart.
+
+    theta_j = 10000^(-2 (j - 1) / R) for j = 1 .. R / 2; n counts from 0; value j of a block is paired with
+    value j + R / 2.
+    """
+    first, second = decoupling_compress(x_BK, layout).chunk(2, dim=-1)
+    cos, sin = _angles(layout, x_BK)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotation_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
+    # M (R_n x) = (M R_n) x: the rows of M turn the other way.
+    first, second = m_RR.chunk(2, dim=-1)
+    cos, sin = (table[:, None] for table in _angles(layout, m_RR))
+    m_NRR = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return _block_diagonal(m_NRR, layout)
+
+
+def _angles(layout: Layout, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles n theta_j, each (N, R / 2), computed in fp32 and cast to the dtype of `like`."""
+    half = layout.size // 2
+    theta = 10000.0 ** (-torch.arange(half, device=like.device, dtype=torch.float32) / half)
+    angle = torch.outer(torch.arange(layout.blocks, device=like.device, dtype=torch.float32), theta)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def _block_diagonal(m_NRR: Tensor, layout: Layout) -> Tensor:
+    """The D x K matrix that applies matrix n to block n of x and writes the n-th block of the output."""
+    blocks, size = m_NRR.shape[0], m_NRR.shape[-1]
+    delta = m_NRR.new_zeros(blocks, size, blocks, size)
+    delta.diagonal(dim1=0, dim2=2).copy_(m_NRR.permute(1, 2, 0))
+    delta = delta.reshape(blocks * size, blocks * size)
+    delta_KD = _repeat(_unwrap(delta, layout.in_features).T, layout.out_features)
+    return delta_KD.T.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Padding by wrapping around, cutting, repeating
+
+
+def _wrap(x_BK: Tensor, blocks: int, size: int) -> Tensor:
+    """The first `blocks * size` values of x repeated endlessly, as (..., blocks, size)."""
+    missing = blocks * size - x_BK.shape[-1]
+    if missing > 0:
+        x_BK = torch.cat((x_BK, x_BK[..., :missing]), dim=-1)
+    return x_BK[..., : blocks * size].unflatten(-1, (blocks, size))
+
+
+def _unwrap(weight: Tensor, in_features: int) -> Tensor:
+    """The weight over x of a weight over x wrapped around: (..., P) -> (..., K), where P < 2 K."""
+    extra = weight.shape[-1] - in_features
+    if extra <= 0:
+        return torch.nn.functional.pad(weight, (0, -extra))
+    folded = weight[..., :in_features].clone()
+    folded[..., :extra] += weight[..., in_features:]
+    return folded
+
+
+def _repeat(y: Tensor, features: int) -> Tensor:
+    """The first `features` of y's values repeated endlessly."""
+    times = ceil(features / y.shape[-1])
+    if times > 1:
+        y = y.repeat(*[1] * (y.dim() - 1), times)
+    return y[..., :features]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The registry
+
+_OPERATORS: dict[str, Operator] = {}
+
+
+def register_operator(operator: Operator, *, overwrite: bool = False) -> Operator:
+    """Make an operator known to `MoraConfig(operator=operator.name)`; returns it.
+
+    A saved adapter names its operator, so that the code that loads it has to register it first.
+
+    Raises ValueError where the name is taken and `overwrite` is false, or is no identifier.
+    """
+    if not operator.name.isidentifier():
+        raise ValueError(f"An operator's name has to be an identifier, got {operator.name!r}.")
+    if operator.name in _OPERATORS and not overwrite:
+        raise ValueError(f"There is an operator {operator.name!r} already; pass overwrite=True to replace it.")
+    _OPERATORS[operator.name] = operator
+    return operator
+
+
+def get_operator(name: str) -> Operator:
+    """The operator of that name. Raises ValueError with the known names where there is none."""
+    if name not in _OPERATORS:
+        near = difflib.get_close_matches(name, _OPERATORS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"Unknown MoRA operator {name!r}.{hint} Known operators: {', '.join(sorted(_OPERATORS))}. One of your "
+            f"own has to be registered before the adapter is made or loaded: mora.register_operator(...)."
+        )
+    return _OPERATORS[name]
+
+
+register_operator(Operator("truncation", truncation_compress, truncation_decompress, truncation_delta_weight))
+register_operator(Operator("sharing", sharing_compress, sharing_decompress, sharing_delta_weight))
+register_operator(Operator("decoupling", decoupling_compress, decoupling_decompress, decoupling_delta_weight))
+register_operator(Operator("rotation", rotation_compress, decoupling_decompress, rotation_delta_weight, even=True))
