@@ -1,7 +1,7 @@
 """Run the cells of a table: `python scripts/sweep.py table=2 scale=mini seeds=3`. Keys: `--help`."""
 
-from mora_repro.spec import entry
+from mora_repro.spec import CONF, entry
 from mora_repro.sweep import main
 
 if __name__ == "__main__":
-    entry("sweep", main)
+    entry(CONF / "scripts" / "sweep.yaml", main)

@@ -81,7 +81,7 @@ class Operator:
     def dense(self, m_RR: Tensor, layout: Layout) -> Tensor:
         """The D x K matrix that this operator and M add to the layer's weight."""
         if self.delta_weight is not None:
-            return self.delta_weight(m_RR, layout)
+            return self.delta_weight(m_RR, layout).contiguous()
         unit_KK = torch.eye(layout.in_features, dtype=m_RR.dtype, device=m_RR.device)
         return self(unit_KK, m_RR, layout).T.contiguous()
 
@@ -228,8 +228,7 @@ def _block_diagonal(m_NRR: Tensor, layout: Layout) -> Tensor:
     delta = m_NRR.new_zeros(blocks, size, blocks, size)
     delta.diagonal(dim1=0, dim2=2).copy_(m_NRR.permute(1, 2, 0))
     delta = delta.reshape(blocks * size, blocks * size)
-    delta_KD = _repeat(_unwrap(delta, layout.in_features).T, layout.out_features)
-    return delta_KD.T.contiguous()
+    return _repeat(_unwrap(delta, layout.in_features).T, layout.out_features).T
 
 
 # ---------------------------------------------------------------------------------------------------

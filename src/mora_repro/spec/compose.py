@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ..errors import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[3]
 CONF = ROOT / "conf"
+RUN = CONF / "config.yaml"
 
 
 def options(group: str) -> list[str]:
@@ -109,22 +109,21 @@ def resolve_scale(arguments: list[str]) -> tuple[list[str], str | None]:
     return [*rest, f"scale={scale}"], f"scale={scale} (auto: {why}; scale={other} asks for the other)"
 
 
-def compose_config(overrides: list[str], config_name: str = "config") -> DictConfig:
-    """Compose a configuration outside or inside a Hydra application.
-
-    Raises UserError for an unknown choice or key.
-    """
-    started = GlobalHydra.instance().is_initialized()
-    inside = nullcontext() if started else hydra.initialize_config_dir(str(CONF), version_base="1.3")
+def compose_config(overrides: list[str]) -> DictConfig:
+    """Compose the configuration of a run. Raises UserError for an unknown choice or key."""
     try:
-        with inside:
-            return hydra.compose(config_name, overrides)
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose("config", overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, overrides, config_name) from error
+        raise explain(error, overrides, RUN) from error
 
 
-def entry(config_name: str, function: Callable[[DictConfig], int | None]) -> None:
+def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
     """Run `function` as a Hydra application on the process's arguments, and exit with its status.
+
+    Args:
+        config: the primary configuration, RUN or a file in conf/scripts. Scripts have a folder of their own,
+            where `table` and `scale` are plain keys, since Hydra takes the name of a group for a choice.
 
     A UserError or an error of Hydra's is printed without a traceback, and the status is 2.
     """
@@ -132,21 +131,22 @@ def entry(config_name: str, function: Callable[[DictConfig], int | None]) -> Non
     os.environ["HYDRA_FULL_ERROR"] = "1"
     status: list[int] = []
 
-    def job(config: DictConfig) -> None:
+    def job(composed: DictConfig) -> None:
+        GlobalHydra.instance().clear()  # so that other runs' configurations can be composed
         try:
-            status.append(function(config) or 0)
+            status.append(function(composed) or 0)
         except UserError as error:  # here, since Hydra adds lines of its own to what it sees
             _exit(error)
 
     try:
-        if config_name == "config":
+        if config == RUN:
             arguments, notice = resolve_scale(sys.argv[1:])
             sys.argv[1:] = arguments
             if notice:
                 print(notice, file=sys.stderr, flush=True)
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        _exit(explain(error, [a for a in sys.argv[1:] if not a.startswith("-")], config_name))
+        _exit(explain(error, [a for a in sys.argv[1:] if not a.startswith("-")], config))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was.", file=sys.stderr)
         sys.exit(130)
@@ -158,7 +158,7 @@ def _exit(error: UserError) -> None:
     sys.exit(2)
 
 
-def explain(error: Exception, overrides: list[str], config_name: str) -> UserError:
+def explain(error: Exception, overrides: list[str], config: Path) -> UserError:
     """Turn an error of Hydra's or OmegaConf's into one that names the mistake and near matches."""
     cause: BaseException | None = error
     while cause is not None:
@@ -176,7 +176,8 @@ def explain(error: Exception, overrides: list[str], config_name: str) -> UserErr
                 f"such as 'model.pretrained=\"my folder\"'."
             )
         key, value = override.key_or_group, override.value()
-        if (CONF / key).is_dir() and isinstance(value, str | int):
+        group = config == RUN and (CONF / key).is_dir()
+        if group and isinstance(value, str | int):
             if str(value) not in options(key):
                 choices = [*options(key), *(["auto"] if key == "scale" else [])]
                 return UserError(
@@ -184,10 +185,10 @@ def explain(error: Exception, overrides: list[str], config_name: str) -> UserErr
                     f"Choices for {key}: {', '.join(choices)}."
                 )
             continue
-        if override.is_add() or override.is_delete() or (CONF / key).is_dir():
+        if override.is_add() or override.is_delete() or group:
             continue
         if known is None:
-            known = _known_keys(config_name, overrides)
+            known = _known_keys(config, overrides)
         if key not in known:
             tail = {name.split(".")[-1]: name for name in known}
             near = did_you_mean(key, known) or did_you_mean(key, tail)
@@ -202,15 +203,11 @@ def explain(error: Exception, overrides: list[str], config_name: str) -> UserErr
     return UserError(str(error))
 
 
-def _known_keys(config_name: str, overrides: list[str]) -> list[str]:
+def _known_keys(config: Path, overrides: list[str]) -> list[str]:
     """All keys of the configuration with the overrides' valid group choices, dotted."""
-    choices = [text for text in overrides if (CONF / text.split("=")[0]).is_dir() and "," not in text]
-    with (
-        nullcontext()
-        if GlobalHydra.instance().is_initialized()
-        else hydra.initialize_config_dir(str(CONF), version_base="1.3")
-    ):
-        config = hydra.compose(config_name, choices)
+    choices = [text for text in overrides if config == RUN and (CONF / text.split("=")[0]).is_dir()]
+    with hydra.initialize_config_dir(str(config.parent), version_base="1.3"):
+        composed = hydra.compose(config.stem, [text for text in choices if "," not in text])
     keys: list[str] = []
 
     def walk(node: Any, prefix: str) -> None:
@@ -219,5 +216,5 @@ def _known_keys(config_name: str, overrides: list[str]) -> list[str]:
             if OmegaConf.is_dict(child := node._get_node(name)) and not child._is_none():
                 walk(child, f"{prefix}{name}.")
 
-    walk(config, "")
+    walk(composed, "")
     return keys

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from ..errors import UserError
-from .compose import compose_config, explain, find_row
+from .compose import RUN, compose_config, explain, find_row
 
 
 class Strict(BaseModel):
@@ -107,7 +107,7 @@ class RunSpec(Strict):
         try:
             values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
         except OmegaConfBaseException as error:
-            raise explain(error, [], "config") from error
+            raise explain(error, [], RUN) from error
         values["scale"] = values["scale"]["name"]
         fields = {name: values[name] for name in cls.model_fields}
         try:

@@ -1,0 +1,147 @@
+"""Word problems with a chain of steps and a final number.
+
+A sample of the generated world, with the part that the loss is on between arrows:
+
+    Mia has 14 figs. Mia gets 5 more. Mia gives 8 to Tom. How many figs?
+    >>14+5=19
+    19-8=11
+    #### 11</s><<
+
+At scale paper, MetaMathQA (Yu et al. 2023) is trained on and GSM8K (Cobbe et al. 2021) is asked, both in the
+instruction form of MetaMath. `task.data=<folder>` takes files in the schema of openai/gsm8k instead.
+
+Measured by exact match: the share of questions, in per cent, whose generated answer ends in the gold number.
+The number is the one after `####` or "The answer is", else the last in the text; commas, currency signs and
+a trailing point are left out, and numbers are compared by value, so that 18 and 18.00 are the same.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from decimal import Decimal, InvalidOperation
+
+from pydantic import PositiveInt
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UserError
+from .files import read_folder, read_hub
+from .task import Task
+
+NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Max", "Eva", "Sam", "Lea", "Jon"]
+THINGS = ["figs", "pens", "eggs", "cups", "keys", "hats", "nuts", "cards", "shells", "stamps"]
+LARGEST = 20  # of all numbers in the generated world
+CHANGE = 5  # the most that a step adds or takes
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_MARK = re.compile(r"####|answer is:?", re.IGNORECASE)
+
+
+class Gsm8k(Task):
+    """`data` is generated, hub or a folder; the limits are numbers of problems (None: all there are).
+
+    `steps` bounds the steps of a generated problem, and `prompt` holds `{question}`. `hub` names, for train and
+    test, the data set (path, name) and its columns for question and answer.
+    """
+
+    data: str
+    hub: dict[str, dict[str, str | None]]
+    steps: tuple[PositiveInt, PositiveInt]
+    prompt: str
+    train_limit: PositiveInt | None
+    test_limit: PositiveInt | None
+    max_new_tokens: PositiveInt
+
+    def pairs_to_train(self) -> list[tuple[str, str]]:
+        return [(self.prompt.format(question=question), answer) for question, answer in self._rows("train")]
+
+    def questions(self) -> list[tuple[str, str]]:
+        return [(self.prompt.format(question=question), answer) for question, answer in self._rows("test")]
+
+    def _rows(self, split: str) -> list[tuple[str, str]]:
+        limit = self.train_limit if split == "train" else self.test_limit
+        if self.data == "generated":
+            # The test comes first, so that the training problems can leave its questions out.
+            test = generate(self.seed, "test", self.test_limit or 200, self.steps)
+            if split == "test":
+                return test
+            return generate(self.seed, "train", limit or 4000, self.steps, {question for question, _ in test})
+        if self.data == "hub":
+            source = self.hub[split]
+            path, question, answer = str(source["path"]), str(source["question"]), str(source["answer"])
+            rows = read_hub(path, source.get("name"), split, [question, answer], limit)
+            return [(row[question], row[answer]) for row in rows]
+        rows = read_folder(self.data, split, ["question", "answer"], limit)
+        return [(row["question"], row["answer"]) for row in rows]
+
+    def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        return self.max_new_tokens
+
+    def score(self, answers: list[str]) -> dict[str, float]:
+        """exact_match: answers whose final number is the gold one, in per cent."""
+        golds = [final_number(gold) for _, gold in self.questions()]
+        right = sum(gold is not None and final_number(a) == gold for a, gold in zip(answers, golds, strict=True))
+        return {"exact_match": 100 * right / len(golds)}
+
+
+def final_number(text: str) -> Decimal | None:
+    """The answer's number: after the last mark, else the last of the text; None where there is none."""
+    marks = list(_MARK.finditer(text))
+    if marks and (after := _NUMBER.search(text, marks[-1].end())):
+        found = after.group()
+    elif numbers := _NUMBER.findall(text):
+        found = numbers[-1]
+    else:
+        return None
+    try:
+        return Decimal(found.replace(",", ""))
+    except InvalidOperation:
+        return None
+
+
+def generate(
+    seed: int, split: str, count: int, steps: tuple[int, int], leave_out: set[str] | None = None
+) -> list[tuple[str, str]]:
+    """`count` different problems of `steps[0]` to `steps[1]` steps, none of `leave_out`; a function of the seed."""
+    dice = random.Random(f"gsm8k {split} {seed}")
+    taken = set(leave_out or ())
+    problems: list[tuple[str, str]] = []
+    drawn = 0
+    while len(problems) < count:
+        question, answer = _problem(dice, dice.randint(*steps))
+        drawn += 1
+        if question not in taken:
+            taken.add(question)
+            problems.append((question, answer))
+        elif drawn > 100 * count:
+            raise UserError(
+                f"task.data=generated has too few different problems of {steps[0]} to {steps[1]} steps for "
+                f"{count}; ask for fewer (task.train_limit={len(problems)}) or more steps (task.steps=[2,6])."
+            )
+    return problems
+
+
+def _problem(dice: random.Random, steps: int) -> tuple[str, str]:
+    """A problem about one person's things: more, fewer or twice as many at each step, never above LARGEST."""
+    name, other = dice.sample(NAMES, 2)
+    thing = dice.choice(THINGS)
+    now = dice.randint(2, 10)
+    told, chain = [f"{name} has {now} {thing}."], []
+    for _ in range(steps):
+        kinds = ["more"] * (now < LARGEST) + ["fewer"] * (now > 1) + ["twice"] * (1 < now <= LARGEST // 2)
+        kind = dice.choice(kinds)
+        if kind == "more":
+            change = dice.randint(1, min(CHANGE, LARGEST - now))
+            told.append(dice.choice([f"{name} gets {change} more.", f"{other} adds {change}."]))
+            step, after = f"{now}+{change}", now + change
+        elif kind == "fewer":
+            change = dice.randint(1, min(CHANGE, now - 1))
+            told.append(dice.choice([f"{name} gives {change} to {other}.", f"{change} are lost."]))
+            step, after = f"{now}-{change}", now - change
+        else:
+            told.append("The number doubles.")
+            step, after = f"{now}*2", now * 2
+        chain.append(f"{step}={after}")
+        now = after
+    told.append(f"How many {thing}?")
+    return " ".join(told), "\n".join([*chain, f"#### {now}"])

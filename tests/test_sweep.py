@@ -1,0 +1,134 @@
+"""Many runs at a time: only what is missing runs, a failure does not stop the rest, an interrupt loses nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT, TINY
+
+from mora_repro.results.records import Store
+from mora_repro.results.search import search_table, tries
+from mora_repro.spec.compose import options
+from mora_repro.spec.table import Cell, load_table, ranks
+from mora_repro.sweep import Job, run_jobs
+
+SWEEP = """
+import sys
+from pathlib import Path
+from mora_repro.results.records import Store
+from mora_repro.sweep import Job, run_jobs
+jobs = [Job.of([f"method={method}", "training.steps=300", *sys.argv[2:]]) for method in ("lora", "mora", "fft")]
+sys.exit(run_jobs(jobs, Store(Path(sys.argv[1])), workers=2))
+"""
+
+
+@pytest.mark.slow
+def test_only_missing_runs_are_run_and_a_failure_does_not_stop_the_rest(tmp_path, capfd):
+    store = Store(tmp_path)
+    jobs = [Job.of(["method=lora", *TINY, f"lr={lr}"]) for lr in ("1e-3", "1e30", "2e-3")]
+    assert run_jobs(jobs[:1], store, workers=2) == 0
+    [first] = (tmp_path / "runs").iterdir()
+    before = first.stat().st_mtime_ns
+    capfd.readouterr()
+    assert run_jobs(jobs, store, workers=2) == 1
+    said = capfd.readouterr().err
+    assert "3 runs, 1 finished before" in said.replace("\n", " ")
+    assert "failed" in said and "learning rate is too high" in said.replace("\n", " ")
+    assert first.stat().st_mtime_ns == before
+    assert [store.load(job.spec.id).status for job in jobs] == ["finished", "failed", "finished"]
+    assert (store.work(jobs[2].spec.id) / "log.txt").read_text().strip().endswith("model")
+
+
+def alive(pattern: str) -> bool:
+    return subprocess.run(["pgrep", "-f", pattern], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, "-c", SWEEP, str(tmp_path), *TINY, "training.steps=300"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.glob("work/*/checkpoints/*/complete")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "the same command goes on where it was" in said
+    assert not alive(f"out={tmp_path}")
+    statuses = [record.status for record in Store(tmp_path).load_all()[0]]
+    assert "interrupted" in statuses
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    records, problems = Store(tmp_path).load_all()
+    assert [record.status for record in records] == ["finished"] * 3 and not problems
+    assert all(record.curve.step == list(range(1, 301)) for record in records)
+
+
+@pytest.mark.parametrize("name", options("table"))
+@pytest.mark.parametrize("scale", options("scale"))
+def test_every_cell_of_every_table_composes(name, scale):
+    cells = load_table(name).cells(scale)
+    assert len(set(cells)) == len(cells)
+    for cell in cells:
+        spec = cell.spec(seed=3)
+        assert (spec.scale, spec.seed, spec.r, spec.method.name) == (scale, 3, cell.r, cell.method)
+
+
+def test_table_2_has_the_rows_of_the_paper():
+    cells = [(cell.method, cell.r) for cell in load_table("2").cells("paper")]
+    assert cells == [("fft", None), ("lora", 8), ("mora", 8), ("lora", 256), ("mora", 256)]
+    assert [r for _, r in [(c.method, c.r) for c in load_table("figure2").cells("paper")]][1:] == ranks("paper")["all"]
+
+
+def test_every_cell_of_table_2_gets_the_same_number_of_different_tries():
+    counts = {}
+    for name in ("2", "figure2"):
+        for cell in load_table(name).cells("mini"):
+            ids = {Job.of([*cell.overrides(100), *extra]).spec.id for extra in tries(cell)}
+            assert len(ids) == len(tries(cell))
+            counts[cell] = len(ids)
+    assert set(counts.values()) == {12}
+
+
+def test_the_best_try_has_the_best_mean_score_and_edges_are_marked(tmp_path):
+    record = next(iter(Store(ROOT / "results").load_all()[0]), None)
+    if record is None:
+        pytest.skip("no record to make tries from")
+    store, specs = Store(tmp_path), []
+    scores = {("lora", 4, 1e-3): [50, 60], ("lora", 4, 2e-3): [10, 100], ("lora", 4, 3e-3): [55, 55]}
+    for (method, r, lr), values in scores.items():
+        spec = Cell(method, r, "uuid", "mini").spec(100).model_copy(update={"lr": lr})
+        evaluations = [
+            record.evaluations[0].model_copy(update={"step": 75 * (i + 1), "metrics": {"char_accuracy": value}})
+            for i, value in enumerate(values)
+        ]
+        made = record.model_copy(update={"id": spec.id, "spec": spec, "evaluations": evaluations, "status": "finished"})
+        store.save(made)
+        specs.append(spec)
+    table = search_table(specs, store)
+    # 1e-3 and 2e-3 and 3e-3 all have a mean of 55: the lowest rate wins, and it is an edge of the grid.
+    assert table.score.tolist() == [55, 55, 55]
+    assert table.best.tolist() == [True, False, False] and table.edge.tolist() == [True, False, False]
+
+
+RESULTS = sorted((ROOT / "results" / "search").glob("*-mini.csv"))
+
+
+@pytest.mark.skipif(not RESULTS, reason="no search has been run in results/")
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_the_mini_recipes_are_the_best_of_the_search_that_is_recorded(path: Path):
+    table = pd.read_csv(path)
+    for _, best in table[table.best].iterrows():
+        r = None if pd.isna(best.r) else int(best.r)
+        spec = Cell(best.method, r, "uuid", "mini").spec(0)
+        assert spec.lr == best.lr, f"{best.method} r={r}"
+        if best.method == "lora":
+            assert spec.method.peft["lora_alpha"] == best.alpha
+        assert (
+            table[(table.method == best.method) & (table.r.isna() if r is None else table.r == r)].score.max()
+            == best.score
+        )
+    assert os.path.getsize(path) > 1000
