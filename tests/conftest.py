@@ -7,30 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
 # Before torch is imported: no hub, and the same number of threads as the mini scale.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# A model and a task so small that a run takes seconds; no base is trained first.
-TINY = [
-    "scale=mini",
-    "model.base=null",
-    "model.architecture.hidden_size=32",
-    "model.architecture.intermediate_size=64",
-    "model.architecture.num_hidden_layers=1",
-    "model.architecture.num_attention_heads=2",
-    "task=uuid",
-    "task.pairs=12",
-    "training.batch_size=4",
-    "training.steps=12",
-    "training.schedule=linear",
-    "training.decay_steps=null",
-    "training.warmup_steps=2",
-    "training.evaluate_at=[6]",
-    "training.save_every=4",
-]
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY
+from tiny import ROOT, TINY
 
 from mora_repro.results.records import Store
 from mora_repro.results.search import search_table, tries

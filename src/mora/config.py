@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import peft
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
@@ -15,13 +16,20 @@ PEFT_TYPE = "MORA"
 def add_peft_type() -> None:
     """Add the member MORA to PEFT's enum of methods, which has no hook for methods from outside.
 
-    Does nothing where it is there: added before, or, one day, PEFT's own.
+    Raises ImportError where PEFT has a MORA of its own: two methods can't share the name that adapters are saved
+    under, and taking it over would break adapters of PEFT's.
     """
     if PEFT_TYPE in PeftType.__members__:
+        if not hasattr(PeftType[PEFT_TYPE], "added_by_mora"):
+            raise ImportError(
+                f"This version of PEFT ({peft.__version__}) has a method {PEFT_TYPE} of its own, which package `mora` "
+                f"would collide with. Use PEFT's, or an earlier version of PEFT: pip install 'peft<{peft.__version__}'."
+            )
         return
     member = str.__new__(PeftType, PEFT_TYPE)
     member._name_ = PEFT_TYPE
     member._value_ = PEFT_TYPE
+    member.added_by_mora = True  # type: ignore[attr-defined]
     PeftType._member_names_.append(PEFT_TYPE)
     PeftType._member_map_[PEFT_TYPE] = member
     PeftType._value2member_map_[PEFT_TYPE] = member
@@ -137,8 +145,8 @@ class MoraConfig(PeftConfig):
         if self.layers_pattern and not self.layers_to_transform:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         for name, r in {"r": self.r, **self.rank_pattern}.items():
-            if r < 1:
-                raise ValueError(f"`{name}` should be a positive rank, got {r}.")
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"`{name}` should be a positive rank, got {r!r}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` should be at least 0 and below 1, got {self.dropout}.")
         for side in ("in_grouping", "out_grouping"):

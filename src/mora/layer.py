@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import transpose
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .config import MoraConfig
@@ -25,7 +27,7 @@ class MoraLayer(BaseTunerLayer):
     other_param_names = ("r", "mora_operator", "mora_layout", "mora_dropout")
     fan_in_fan_out: bool  # True where the base layer stores its weight as (in, out)
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, name: str = "layer", **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.mora_operator: dict[str, str] = {}
@@ -36,7 +38,27 @@ class MoraLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self.kwargs = kwargs
-        self.in_features, self.out_features = _features(self.get_base_layer())
+        base_layer = self.get_base_layer()
+        # Reads and writes the weight of a quantised layer; None for a plain one.
+        self.quantization_backend = resolve_quantization_backend(
+            base_layer, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        if not self._is_supported(base_layer):
+            raise TypeError(
+                f"MoRA can't adapt {name}, of type {type(base_layer).__name__}; it adapts torch.nn.Linear, PEFT's "
+                f"quantised forms of it, and transformers' Conv1D. Leave the module out of `target_modules`, or name "
+                f"it in `exclude_modules`."
+            )
+        # Also where ZeRO 3 or FSDP hold only a shard of the weight.
+        self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
+
+    def _is_supported(self, base_layer: nn.Module) -> bool:
+        if self.quantization_backend is not None:
+            return self.quantization_backend.layer_type == "linear"
+        # torch.nn.MultiheadAttention reads the weight of its output layer and never calls it.
+        return isinstance(base_layer, nn.Linear | Conv1D) and not isinstance(
+            base_layer, NonDynamicallyQuantizableLinear
+        )
 
     def update_layer(self, adapter_name: str, r: int, config: MoraConfig, name: str = "layer") -> None:
         """Add an adapter, or make it anew.
@@ -50,12 +72,18 @@ class MoraLayer(BaseTunerLayer):
         operator = get_operator(config.operator)
         size = operator.size(self.in_features, self.out_features, r)
         largest = operator.largest_size(self.in_features, self.out_features)
-        if not 1 <= size <= largest:
-            reason = (
-                f"r={r} is too large for {name} ({self.in_features} inputs, {self.out_features} outputs): M would have "
-                f"{size} rows, and {largest} fit with operator={config.operator!r}."
+        sides = f"{name} ({self.in_features} inputs, {self.out_features} outputs)"
+        if largest < 1:
+            raise ValueError(
+                f"No M fits {sides}: operator={config.operator!r} needs at least 2 inputs and 2 outputs. "
+                f"`exclude_modules` leaves the layer out."
             )
-            if not config.cap or largest < 1:
+        if size > largest:
+            reason = (
+                f"r={r} is too large for {sides}: M would have {size} rows, and {largest} fit with "
+                f"operator={config.operator!r}."
+            )
+            if not config.cap:
                 fits = operator.largest_rank(self.in_features, self.out_features)
                 advice = f"The largest r that fits is {fits}" if fits else "No r fits"
                 raise ValueError(
@@ -78,24 +106,33 @@ class MoraLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def reset_mora_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """M to zero, or, with `init_weights=False`, to uniform values of at most 1 / sqrt(R)."""
+        """M to zero, or, with `init_weights=False`, to uniform values of at most 1 / sqrt(R).
+
+        Writes the parameter alone: under DeepSpeed, the optimizer's copy of it has to be written as well.
+        """
         if init_weights:
             nn.init.zeros_(self.mora_M[adapter_name])
         else:
             nn.init.kaiming_uniform_(self.mora_M[adapter_name], a=math.sqrt(5))
 
     def set_grouping(self, adapter_name: str, in_grouping: Grouping, out_grouping: Grouping) -> None:
-        """Change sharing's groups of a live adapter, as ReMoRA does after each merge (paper, section 4).
+        """Change sharing's groups of a live adapter in this layer, as ReMoRA does after each merge.
 
-        Raises ValueError where the adapter's operator has no groups, or is merged (it could not be unmerged).
+        The adapter's function changes unless M is zero. The configuration is not told: where the adapter is to be
+        saved, use [`MoraModel.set_grouping`], which changes all layers and the configuration.
+
+        Raises ValueError where the adapter's operator has no groups, is merged (it could not be unmerged), or a
+        grouping is unknown.
         """
+        self.mora_layout[adapter_name] = self.check_grouping(adapter_name, in_grouping, out_grouping)
+
+    def check_grouping(self, adapter_name: str, in_grouping: Grouping, out_grouping: Grouping) -> Layout:
+        """The layout with these groups; raises ValueError where [`set_grouping`] does, and changes nothing."""
         if self.mora_operator[adapter_name] != "sharing":
             raise ValueError(f"operator={self.mora_operator[adapter_name]!r} has no groups; only 'sharing' has.")
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged; unmerge it before its groups change.")
-        self.mora_layout[adapter_name] = replace(
-            self.mora_layout[adapter_name], in_grouping=in_grouping, out_grouping=out_grouping
-        )
+        return replace(self.mora_layout[adapter_name], in_grouping=in_grouping, out_grouping=out_grouping)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base layer's weight, in the weight's own orientation and M's dtype.
@@ -127,11 +164,13 @@ class MoraLayer(BaseTunerLayer):
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
 
 class Linear(nn.Module, MoraLayer):
-    """A Linear or Conv1D layer with MoRA adapters: y = W x + b + decompress(M compress(x))."""
+    """A Linear (plain or quantised) or Conv1D layer with MoRA adapters: y = W x + b + decompress(M compress(x))."""
 
     def __init__(
         self,
@@ -144,13 +183,33 @@ class Linear(nn.Module, MoraLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        MoraLayer.__init__(self, base_layer, **kwargs)
+        MoraLayer.__init__(self, base_layer, name=name, **kwargs)
         self.fan_in_fan_out = fan_in_fan_out
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config=config, name=name)
 
-    def _base_weight(self) -> nn.Parameter:
-        return cast(nn.Parameter, self.get_base_layer().weight)
+    def _add_to_base(self, adapter: str, sign: int, check: bool) -> None:
+        """Add or subtract an adapter's weight: in the weight's dtype, rounded once; a quantised one quantised anew."""
+        base_layer = self.get_base_layer()
+        parameters = [self.mora_M[adapter]]
+        if self.quantization_backend is None:
+            parameters.append(base_layer.weight)
+        else:
+            _restore_packed_weight(base_layer)
+        with torch.no_grad(), gather_params_ctx(parameters):
+            weight = self.get_base_weight()
+            delta = self.get_delta_weight(adapter)
+            # A dequantised weight is a copy already, in a dtype that may be coarser than the sum needs.
+            if check or self.quantization_backend is not None:
+                changed = (weight + sign * delta).to(weight.dtype)
+            else:
+                changed = weight.add_(delta, alpha=sign)
+            if check and not torch.isfinite(changed).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken. "
+                    "The base weights are unchanged."
+                )
+            self.set_base_weight(changed)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' weights to the base weight.
@@ -158,23 +217,13 @@ class Linear(nn.Module, MoraLayer):
         Args:
             safe_merge: work on a copy, and refuse a result that is not finite (ValueError), the base untouched.
             adapter_names: which adapters; default: the active ones.
+
+        Raises TypeError where the base layer is quantised in a way that PEFT can't write back (GPTQ, AWQ and such).
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.mora_M:
-                continue
-            weight = self._base_weight()
-            with gather_params_ctx(weight):
-                delta = self.get_delta_weight(adapter).to(weight.dtype)
-                if safe_merge:
-                    merged = weight.data + delta
-                    if not torch.isfinite(merged).all():
-                        raise ValueError(
-                            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
-                        )
-                    weight.data = merged
-                else:
-                    weight.data += delta
-            self.merged_adapters.append(adapter)
+            if adapter in self.mora_M:
+                self._add_to_base(adapter, sign=1, check=safe_merge)
+                self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
         """Take all merged adapters' weights out of the base weight."""
@@ -184,9 +233,7 @@ class Linear(nn.Module, MoraLayer):
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             if adapter in self.mora_M:
-                weight = self._base_weight()
-                with gather_params_ctx(weight):
-                    weight.data -= self.get_delta_weight(adapter).to(weight.dtype)
+                self._add_to_base(adapter, sign=-1, check=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
@@ -198,6 +245,8 @@ class Linear(nn.Module, MoraLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
         dtype = result.dtype
         if adapter_names is not None:
             return self._mixed_batch(x, result, adapter_names)
@@ -215,20 +264,18 @@ class Linear(nn.Module, MoraLayer):
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: PEFT's `convert_to_lora` approximates the update, which has a higher rank, by one of LoRA's."""
         return True
 
     def __repr__(self) -> str:
         return "mora." + super().__repr__()
 
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
 
-def _features(layer: nn.Module) -> tuple[int, int]:
-    """(K, D) of a layer that can be adapted; also where ZeRO 3 holds only a shard of its weight."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, Conv1D):
-        in_features, out_features = getattr(layer.weight, "ds_shape", layer.weight.shape)
-        return in_features, out_features
-    raise TypeError(
-        f"MoRA can't adapt a {type(layer).__name__}; it adapts torch.nn.Linear and transformers' Conv1D. "
-        f"Leave the module out of `target_modules`, or name it in `exclude_modules`."
-    )
+
+def _restore_packed_weight(layer: nn.Module) -> None:
+    """Undo what bitsandbytes does to 4-bit weights for inference on a CPU, after which they can't be dequantised."""
+    quant_state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        layer.state_dict()  # restores the weight's form in place

@@ -7,17 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    get_quantization_kwargs,
+)
+from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import MoraConfig
 from .layer import Linear, MoraLayer
+from .operators import Grouping
 
 
 class MoraModel(BaseTuner):
@@ -57,12 +64,16 @@ class MoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         stored_transposed = isinstance(base, Conv1D)
         if stored_transposed != mora_config.fan_in_fan_out:
-            if mora_config.fan_in_fan_out:
-                warnings.warn(f"{current_key} is no Conv1D; taking fan_in_fan_out=False for it.", stacklevel=2)
-            elif isinstance(base, Conv1D):
-                warnings.warn(f"{current_key} is a Conv1D; taking fan_in_fan_out=True for it.", stacklevel=2)
+            kind = "a Conv1D" if stored_transposed else "no Conv1D"
+            warnings.warn(f"{current_key} is {kind}; taking fan_in_fan_out={stored_transposed} for it.", stacklevel=2)
         layer = Linear(
-            target, adapter_name, config=mora_config, r=r, name=current_key, fan_in_fan_out=stored_transposed
+            target,
+            adapter_name,
+            config=mora_config,
+            r=r,
+            name=current_key,
+            fan_in_fan_out=stored_transposed,
+            **get_quantization_kwargs(self.model),
         )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is trained only once it is made active
@@ -82,11 +93,21 @@ class MoraModel(BaseTuner):
         if unknown := sorted(set(adapter_names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
+        # Beam search repeats each sample before it reaches the layers, but for those of an encoder.
+        beams = kwargs.get("num_beams")
+        repeated = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
+        encoder = self._encoder()
+        single = set() if encoder is None else set(encoder.modules())
+
         def hand_on(_: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
             return args, {**kwargs, "adapter_names": names}
 
         handles = [
-            layer.register_forward_pre_hook(partial(hand_on, names=adapter_names), with_kwargs=True) for layer in layers
+            module.register_forward_pre_hook(
+                partial(hand_on, names=list(adapter_names) if module in single else repeated), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, MoraLayer | AuxiliaryTrainingWrapper)
         ]
         try:
             yield
@@ -94,18 +115,50 @@ class MoraModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    def _encoder(self) -> nn.Module | None:
+        """The encoder of an encoder-decoder model; None for all others (transformers gives some models themselves)."""
+        get_encoder = getattr(self.model, "get_encoder", None)
+        encoder = get_encoder() if callable(get_encoder) else None
+        return encoder if isinstance(encoder, nn.Module) and encoder is not self.model else None
+
+    def set_grouping(self, adapter_name: str, in_grouping: Grouping, out_grouping: Grouping) -> None:
+        """Change sharing's groups of a live adapter in all layers and in its configuration, so that it can be saved.
+
+        ReMoRA does so after each merge, when M is zero again; with another M the adapter's function changes.
+
+        Raises ValueError where there is no such adapter, its operator has no groups, it is merged, or a grouping is
+        unknown; nothing is changed then.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} not found; there are {', '.join(self.peft_config)}.")
+        layers = [module for module in self.modules() if isinstance(module, MoraLayer)]
+        layers = [layer for layer in layers if adapter_name in layer.mora_M]
+        for layer in layers:
+            layer.check_grouping(adapter_name, in_grouping, out_grouping)
+        for layer in layers:
+            layer.set_grouping(adapter_name, in_grouping, out_grouping)
+        config = cast(MoraConfig, self.peft_config[adapter_name])
+        config.in_grouping, config.out_grouping = in_grouping, out_grouping
+
+    def reset_mora_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """M of all layers to zero, or to random values, as [`MoraLayer.reset_mora_parameters`] does."""
+        for layer in self.modules():
+            if isinstance(layer, MoraLayer) and adapter_name in layer.mora_M:
+                layer.reset_mora_parameters(adapter_name, init_weights)
+
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
         """Make a new adapter whose M is the weighted sum of others' M, which is exact: the update is linear in M.
 
         Args:
-            adapters: names of adapters of the same r, operator and groups.
+            adapters: names of adapters of the same sizes, operator and groups in every layer.
             weights: one factor for each.
             adapter_name: the new adapter's name; nothing happens where it exists.
             combination_type: "linear", the only one.
 
-        Raises ValueError: an unknown adapter, adapters that differ, another combination type.
+        Raises ValueError: an unknown adapter, adapters that differ or have each their own `modules_to_save`, another
+        combination type.
         """
         if adapter_name in self.peft_config:
             return
@@ -116,14 +169,32 @@ class MoraModel(BaseTuner):
         if missing := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"Adapter(s) {', '.join(missing)} not found; there are {', '.join(self.peft_config)}.")
         configs = [self.peft_config[name] for name in adapters]
-        for key in ("r", "rank_pattern", "operator", "in_grouping", "out_grouping", "cap", "target_modules"):
+        for key in ("r", "rank_pattern", "operator", "in_grouping", "out_grouping", "cap"):
             if any(getattr(config, key) != getattr(configs[0], key) for config in configs):
                 raise ValueError(f"Adapters that are combined need the same `{key}`; these differ.")
+        layers = [module for module in self.modules() if isinstance(module, MoraLayer)]
+        for layer in layers:
+            forms = {(layer.mora_operator[name], layer.mora_layout[name]) for name in adapters if name in layer.mora_M}
+            present = [name in layer.mora_M for name in adapters]
+            if any(present) and (len(forms) > 1 or not all(present)):
+                raise ValueError("Adapters that are combined need the same layers, sizes and groups; these differ.")
+        for module in self.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                owners = [name for name in adapters if name in module.modules_to_save]
+                if len(owners) > 1:
+                    raise ValueError(
+                        "Cannot add weighted adapters if they target the same module with modules_to_save, as "
+                        f"{', '.join(owners)} do: such modules have no weighted sum."
+                    )
         self.peft_config[adapter_name] = replace(configs[0], inference_mode=True)
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
-            for layer in self.model.modules():
-                if isinstance(layer, MoraLayer) and adapter_name in layer.mora_M:
-                    total = sum(weight * layer.mora_M[name] for name, weight in zip(adapters, weights, strict=True))
-                    layer.mora_M[adapter_name].copy_(total)
-                    layer.mora_M[adapter_name].requires_grad_(False)
+            for layer in layers:
+                if adapters[0] not in layer.mora_M:
+                    continue
+                parameters = [layer.mora_M[name] for name in (*adapters, adapter_name)]
+                with gather_params_ctx(parameters):
+                    total = sum(weight * m_RR for weight, m_RR in zip(weights, parameters[:-1], strict=True))
+                    layer.mora_M[adapter_name].data = total.to(parameters[0].dtype)
+                layer.mora_layout[adapter_name] = layer.mora_layout[adapters[0]]
+                layer.mora_M[adapter_name].requires_grad_(False)

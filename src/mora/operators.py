@@ -9,7 +9,8 @@ Shape suffixes of tensors:
 
 All functions are pure: they hold no state and no parameters, are linear in x, and work on every dtype and
 device. Where R does not divide K or D, they do what the authors' code does, since that made the paper's
-numbers: x is padded with its own first values (it wraps around), and the output is repeated and cut.
+numbers: x is padded with its own first values (it wraps around), and the output is repeated and cut. Sharing in
+contiguous blocks needs neither: its groups differ by one member where R does not divide the side.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -36,6 +38,8 @@ class Layout:
         size: R, the number of rows and columns of M; 1 <= R <= min(K, D).
         in_grouping: sharing only: which values of x are summed, see [`sharing_compress`].
         out_grouping: sharing only: which outputs share a value.
+
+    Raises ValueError: a size outside of these bounds, an unknown grouping.
     """
 
     in_features: int
@@ -44,6 +48,16 @@ class Layout:
     in_grouping: Grouping = "strided"
     out_grouping: Grouping = "strided"
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= min(self.in_features, self.out_features):
+            raise ValueError(
+                f"`size` should be between 1 and {min(self.in_features, self.out_features)} for a layer of "
+                f"{self.in_features} inputs and {self.out_features} outputs, got {self.size}."
+            )
+        for side in ("in_grouping", "out_grouping"):
+            if getattr(self, side) not in get_args(Grouping):
+                raise ValueError(f"`{side}` should be 'strided' or 'blocked', got {getattr(self, side)!r}.")
+
     @property
     def blocks(self) -> int:
         """N: the blocks of x that reach the output. Where K > D, blocks whose output would be cut are left out."""
@@ -51,6 +65,8 @@ class Layout:
 
 
 class DenseForm(Protocol):
+    """M_RR -> the D x K matrix of the update, linear in M."""
+
     def __call__(self, m_RR: Tensor, layout: Layout) -> Tensor: ...
 
 
@@ -60,7 +76,8 @@ class Operator:
 
     Args:
         name: how `MoraConfig(operator=...)` names it.
-        compress: x_BK -> x_BR, or x_BNR for an operator that applies M to several blocks.
+        compress: x_BK -> x_BR, or x_BNR for an operator that applies M to several blocks. Both functions have to
+            be linear and to map zero to zero; merging and disabling rely on it.
         decompress: M's output, of the shape that `compress` gave, -> y_BD.
         delta_weight: M_RR -> the D x K matrix of `decompress(M @ compress(x))`. Default: the functions
             applied to the K unit vectors, which is right for any linear pair, at the price of K forward passes
@@ -86,18 +103,23 @@ class Operator:
         return self(unit_KK, m_RR, layout).T.contiguous()
 
     def size(self, in_features: int, out_features: int, r: int) -> int:
-        """R of a layer: round(sqrt((D + K) r)), so that M has the parameters of a LoRA of rank r."""
+        """R of a layer: round(sqrt((D + K) r)), so that M has the parameters of a LoRA of rank r.
+
+        Rounded down to an even number where the operator needs one, which never exceeds that budget by more.
+        """
         size = int(((in_features + out_features) * r) ** 0.5 + 0.5)
         return size - size % 2 if self.even else size
 
     def largest_size(self, in_features: int, out_features: int) -> int:
-        """The largest R that fits a layer: min(K, D)."""
+        """The largest R that fits a layer: min(K, D), even where the operator needs it; 0 where none does."""
         largest = min(in_features, out_features)
         return largest - largest % 2 if self.even else largest
 
     def largest_rank(self, in_features: int, out_features: int) -> int:
         """The largest r whose R fits a layer; 0 where none does."""
         largest = self.largest_size(in_features, out_features)
+        if largest == 0:
+            return 0
         r = (largest + 1) ** 2 // (in_features + out_features) + 1
         while r > 0 and self.size(in_features, out_features, r) > largest:
             r -= 1
@@ -119,6 +141,7 @@ def truncation_decompress(y_BR: Tensor, layout: Layout) -> Tensor:
 
 
 def truncation_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
+    """M in the upper left corner of a D x K matrix of zeros."""
     delta_DK = m_RR.new_zeros(layout.out_features, layout.in_features)
     delta_DK[: layout.size, : layout.size] = m_RR
     return delta_DK
@@ -164,6 +187,7 @@ def sharing_decompress(y_BR: Tensor, layout: Layout) -> Tensor:
 
 
 def sharing_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
+    """Entry (i, j) is M at (group of output i, group of input j); inputs that wrap around belong to two groups."""
     # Rows: decompress acts on M's columns. Columns: its own transpose, so that wrapped values add up.
     m_DR = sharing_decompress(m_RR.T, layout).T
     size, in_features = layout.size, layout.in_features
@@ -192,6 +216,7 @@ def decoupling_decompress(y_BNR: Tensor, layout: Layout) -> Tensor:
 
 
 def decoupling_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
+    """M on the diagonal, once for each block, wrapped, repeated and cut as x and the output are."""
     return _block_diagonal(m_RR.expand(layout.blocks, -1, -1), layout)
 
 
@@ -200,13 +225,18 @@ def rotation_compress(x_BK: Tensor, layout: Layout) -> Tensor:
 
     theta_j = 10000^(-2 (j - 1) / R) for j = 1 .. R / 2; n counts from 0; value j of a block is paired with
     value j + R / 2.
+
+    Raises ValueError where R is odd.
     """
+    if layout.size % 2:
+        raise ValueError(f"Rotation pairs values, and needs an M of even size, got {layout.size}.")
     first, second = decoupling_compress(x_BK, layout).chunk(2, dim=-1)
     cos, sin = _angles(layout, x_BK)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def rotation_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
+    """As decoupling's, with M turned against each block's rotation."""
     # M (R_n x) = (M R_n) x: the rows of M turn the other way.
     first, second = m_RR.chunk(2, dim=-1)
     cos, sin = (table[:, None] for table in _angles(layout, m_RR))
@@ -215,11 +245,25 @@ def rotation_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
 
 
 def _angles(layout: Layout, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles n theta_j, each (N, R / 2), computed in fp32 and cast to the dtype of `like`."""
-    half = layout.size // 2
-    theta = 10000.0 ** (-torch.arange(half, device=like.device, dtype=torch.float32) / half)
-    angle = torch.outer(torch.arange(layout.blocks, device=like.device, dtype=torch.float32), theta)
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    """cos and sin of the angles n theta_j, each (N, R / 2), computed in fp32 and cast to the dtype of `like`.
+
+    Kept for later calls, outside of the layer: nothing to save, copy or move with it.
+    """
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+        return _angle_tables(layout.size, layout.blocks, like.device, like.dtype)
+    return _kept_angle_tables(layout.size, layout.blocks, like.device, like.dtype)
+
+
+def _angle_tables(size: int, blocks: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    theta = 10000.0 ** (-torch.arange(size // 2, device=device, dtype=torch.float32) / (size // 2))
+    angle = torch.outer(torch.arange(blocks, device=device, dtype=torch.float32), theta)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+@lru_cache(maxsize=256)
+def _kept_angle_tables(size: int, blocks: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # a later training step may read the tables of an earlier inference
+        return _angle_tables(size, blocks, device, dtype)
 
 
 def _block_diagonal(m_NRR: Tensor, layout: Layout) -> Tensor:
@@ -244,7 +288,7 @@ def _wrap(x_BK: Tensor, blocks: int, size: int) -> Tensor:
 
 
 def _unwrap(weight: Tensor, in_features: int) -> Tensor:
-    """The weight over x of a weight over x wrapped around: (..., P) -> (..., K), where P < 2 K."""
+    """The weight over x of a weight over x wrapped around or cut: (..., P) -> (..., K), where P < 2 K."""
     extra = weight.shape[-1] - in_features
     if extra <= 0:
         return torch.nn.functional.pad(weight, (0, -extra))
@@ -272,8 +316,15 @@ def register_operator(operator: Operator, *, overwrite: bool = False) -> Operato
 
     A saved adapter names its operator, so that the code that loads it has to register it first.
 
-    Raises ValueError where the name is taken and `overwrite` is false, or is no identifier.
+    Raises ValueError where the name is taken and `overwrite` is false, or is no identifier; TypeError where the
+    argument is no `Operator`, or its functions can't be called.
     """
+    if not isinstance(operator, Operator):
+        raise TypeError(f"register_operator takes a mora.Operator, got a {type(operator).__name__}.")
+    for part in ("compress", "decompress", "delta_weight"):
+        function = getattr(operator, part)
+        if not callable(function) and not (part == "delta_weight" and function is None):
+            raise TypeError(f"`{part}` of operator {operator.name!r} should be a function, got {function!r}.")
     if not operator.name.isidentifier():
         raise ValueError(f"An operator's name has to be an identifier, got {operator.name!r}.")
     if operator.name in _OPERATORS and not overwrite:

@@ -12,7 +12,7 @@ from models import MLP_KIND, logits
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from mora.convert import ConversionError, convert
+from mora.convert import ConversionError, convert, main
 
 # mora_type: groups of the input, groups of the output (None: rotation); facts of the authors' code.
 TYPES = {
@@ -26,8 +26,8 @@ SHAPES = {"first": (10, 24), "second": (24, 18)}
 
 
 def checkpoint(folder, mora_type=1, r=3, copies=("lora_A", "lora_B"), **config):
-    """Write what the authors' save_pretrained writes for the MLP; returns M by module."""
-    generator = torch.Generator().manual_seed(mora_type if isinstance(mora_type, int) else 0)
+    """Write what the authors' save_pretrained writes for the MLP, then `config` over it; returns M by module."""
+    generator = torch.Generator().manual_seed(mora_type)
     matrices, state = {}, {}
     for name, (k, d) in SHAPES.items():
         size = int(math.sqrt((k + d) * r) + 0.5)
@@ -109,6 +109,18 @@ def change(state, name, value):
     ("config", "weights", "said"),
     [
         ({"mora_type": 5}, None, r"mora_type=5 is unknown; known types: 1 \(sharing\), 2 .*6 \(rotation\)"),
+        ({"mora_type": [1]}, None, r"mora_type=\[1\] is unknown"),
+        ({"mora_type": True}, None, "mora_type=True is unknown"),
+        ({"r": 0}, None, "not valid: `r` should be a positive rank, got 0"),
+        ({"r": "8"}, None, "not valid: `r` should be a positive rank, got '8'"),
+        ({"rank_pattern": {"first": -1}}, None, "not valid: `first` should be"),
+        ({"layer_replication": [[0, 1]]}, None, "layer_replication=.* has no counterpart"),
+        (
+            {},
+            lambda state: state | {"base_model.model.e.lora_embedding_A": torch.zeros(2, 2)},
+            "lora_embedding_A has no",
+        ),
+        ({"mora_type": 7}, None, r"mora_type=7 is unknown"),
         ({"use_mora": False}, None, "no use_mora=true"),
         ({"bias": "all"}, None, "only bias='none'"),
         ({"use_dora": True}, None, "only use_dora=False"),
@@ -118,7 +130,9 @@ def change(state, name, value):
     ],
 )
 def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path, config, weights, said):
-    checkpoint(tmp_path / "in", **config)
+    checkpoint(tmp_path / "in")
+    path = tmp_path / "in" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
     if weights:
         path = tmp_path / "in" / "adapter_model.safetensors"
         save_file(weights(load_file(path)), path)
@@ -127,21 +141,73 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path, config, w
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "mora.convert", *map(str, arguments)], capture_output=True, text=True)
+def test_fields_that_the_authors_leave_empty_are_no_obstacle(tmp_path):
+    empty = {"layers_pattern": "", "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
+    checkpoint(tmp_path / "in", 6, lora_dropout=None, layer_replication=None, use_rslora=False, **empty)
+    config = convert(tmp_path / "in", tmp_path / "out")
+    assert (config.dropout, config.layers_pattern, config.rank_pattern) == (0.0, None, {})
+
+
+def test_the_ranks_of_single_layers_are_carried_over(tmp_path):
+    checkpoint(tmp_path / "in", rank_pattern={"second": 2})
+    weights = tmp_path / "in" / "adapter_model.safetensors"
+    state = load_file(weights)
+    for copy in ("lora_A", "lora_B"):
+        state[f"base_model.model.second.{copy}.weight"] = torch.eye(9)  # sqrt((24 + 18) * 2) = 9.2
+    save_file(state, weights)
+    convert(tmp_path / "in", tmp_path / "out")
+    model = PeftModel.from_pretrained(MLP_KIND.model(), tmp_path / "out")
+    assert torch.equal(model.base_model.model.second.mora_M["default"], torch.eye(9))
+
+
+def test_an_existing_folder_is_taken_only_empty(tmp_path):
+    checkpoint(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    convert(tmp_path / "in", tmp_path / "out")
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(ConversionError, match="exists already"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(before)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "in")
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("mora.convert.save_file", full)
+    assert main([str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("adapter_config.json", b"[1]", "holds a list"),
+        ("adapter_config.json", b"\xff{", "is no JSON"),
+        ("adapter_config.json", b"{", "is no JSON"),
+        ("adapter_config.json", None, "has no adapter_config.json"),
+        ("adapter_model.safetensors", b"torn", "can't be read"),
+        ("adapter_model.safetensors", None, "neither adapter_model.safetensors nor adapter_model.bin"),
+    ],
+)
+def test_damaged_files_are_said_in_one_line(tmp_path, capsys, file, content, said):
+    checkpoint(tmp_path / "in")
+    (tmp_path / "in" / file).unlink()
+    if content is not None:
+        (tmp_path / "in" / file).write_bytes(content)
+    assert main([str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_the_command_converts_and_explains_mistakes(tmp_path):
     checkpoint(tmp_path / "in")
-    done = run(tmp_path / "in", tmp_path / "out")
+    command = [sys.executable, "-m", "mora.convert", str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "MoRA r=3, operator=sharing" in done.stdout
-    for arguments, said in (
-        ((tmp_path / "in", tmp_path / "out"), "exists already"),
-        ((tmp_path, tmp_path / "x"), "has no adapter_config.json"),
-        ((tmp_path / "nowhere", tmp_path / "x"), "has no adapter_config.json"),
-    ):
-        done = run(*arguments)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
-    (tmp_path / "in" / "adapter_model.safetensors").write_bytes(b"torn")
-    done = run(tmp_path / "in", tmp_path / "x")
-    assert done.returncode == 2 and "can't be read" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "exists already" in done.stderr and "Traceback" not in done.stderr

@@ -6,7 +6,7 @@ import math
 import dense
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mora import Layout, Operator, get_operator, register_operator
@@ -14,8 +14,7 @@ from mora import Layout, Operator, get_operator, register_operator
 OPERATORS = ["truncation", "sharing", "decoupling", "rotation"]
 GROUPINGS = list(itertools.product(("strided", "blocked"), repeat=2))
 
-settings.register_profile("mora", deadline=None, derandomize=True, max_examples=80)
-settings.load_profile("mora")
+quick = settings(deadline=None, derandomize=True, max_examples=80)
 
 
 @st.composite
@@ -43,12 +42,14 @@ def expected(name: str, layout: Layout, m: torch.Tensor) -> torch.Tensor:
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 
 
+@quick
 @given(cases())
 def test_forward_is_the_equation(case):
     name, layout, m, x = case
     torch.testing.assert_close(get_operator(name)(x, m, layout), x @ expected(name, layout, m).T, **CLOSE)
 
 
+@quick
 @given(cases())
 def test_the_delta_weight_is_the_equation(case):
     name, layout, m, _ = case
@@ -57,6 +58,7 @@ def test_the_delta_weight_is_the_equation(case):
     torch.testing.assert_close(delta, expected(name, layout, m), **CLOSE)
 
 
+@quick
 @given(cases(largest=14))
 def test_gradients_are_those_of_the_dense_form(case):
     name, layout, m, x = case
@@ -88,6 +90,7 @@ def test_the_rank_of_sharings_update_reaches_r_hat(k, d, size, groupings):
     assert torch.linalg.matrix_rank(delta) == size
 
 
+@quick
 @given(st.sampled_from(OPERATORS), st.integers(2, 5000), st.integers(2, 5000), st.integers(1, 300))
 def test_the_size_of_m_has_the_parameters_of_lora(name, k, d, r):
     size = get_operator(name).size(k, d, r)
@@ -98,14 +101,19 @@ def test_the_size_of_m_has_the_parameters_of_lora(name, k, d, r):
         assert abs(size - exact) <= 0.5
 
 
-@given(st.sampled_from(OPERATORS), st.integers(2, 300), st.integers(2, 300))
+@quick
+@given(st.sampled_from(OPERATORS), st.integers(1, 300), st.integers(1, 300))
+@example("rotation", 1, 1)
 def test_the_largest_rank_is_the_largest_that_fits(name, k, d):
     operator = get_operator(name)
-    best = operator.largest_rank(k, d)
-    largest = operator.largest_size(k, d)
-    assert largest <= min(k, d)
-    fits = [r for r in range(1, 400) if operator.size(k, d, r) <= largest]
-    assert best == max(fits, default=0)
+    step = 2 if name == "rotation" else 1
+
+    def rows(r):
+        return int(math.sqrt((k + d) * r) + 0.5) // step * step
+
+    fits = [r for r in range(1, 400) if step <= rows(r) <= min(k, d)]
+    assert operator.largest_rank(k, d) == max(fits, default=0)
+    assert operator.largest_size(k, d) == min(k, d) // step * step
 
 
 @pytest.mark.parametrize("groupings", GROUPINGS)
@@ -162,3 +170,55 @@ def test_an_operator_of_ones_own_gets_its_dense_form_for_free():
 def test_an_unknown_operator_is_named_with_those_known():
     with pytest.raises(ValueError, match=r"'rotate'. Did you mean 'rotation'.*decoupling, rotation, sharing"):
         get_operator("rotate")
+
+
+@quick
+@given(cases(), st.integers(1, 20))
+def test_sums_and_multiples_of_inputs_come_out_as_sums_and_multiples(case, factor):
+    name, layout, m, x = case
+    operator = get_operator(name)
+    together = operator(factor * x + x.flip(-1), m, layout)
+    torch.testing.assert_close(together, factor * operator(x, m, layout) + operator(x.flip(-1), m, layout))
+
+
+@pytest.mark.parametrize("size", [0, 9, -1])
+def test_a_layout_that_no_matrix_fits_is_refused(size):
+    with pytest.raises(ValueError, match=f"between 1 and 8 for a layer of 12 inputs and 8 outputs, got {size}"):
+        Layout(12, 8, size)
+
+
+def test_a_layout_of_an_unknown_grouping_is_refused():
+    with pytest.raises(ValueError, match="`out_grouping` should be 'strided' or 'blocked', got 'bloked'"):
+        Layout(12, 8, 4, "strided", "bloked")
+
+
+def test_rotation_refuses_an_odd_size():
+    with pytest.raises(ValueError, match="even size, got 3"):
+        get_operator("rotation")(torch.ones(6), torch.ones(3, 3), Layout(6, 6, 3))
+
+
+def test_the_kept_angles_follow_dtype_and_serve_training_after_inference():
+    layout, m, x = Layout(26, 39, 14), torch.randn(14, 14), torch.randn(26)  # sizes of this test alone
+    with torch.inference_mode():
+        first = get_operator("rotation")(x, m, layout)
+        assert get_operator("rotation")(x.bfloat16(), m.bfloat16(), layout).dtype == torch.bfloat16
+    m.requires_grad_()
+    x.requires_grad_()  # only then does the backward pass need the angles
+    again = get_operator("rotation")(x, m, layout)
+    again.sum().backward()
+    assert torch.allclose(first, again) and torch.count_nonzero(m.grad) and torch.count_nonzero(x.grad)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("rotation", "takes a mora.Operator, got a str"),
+        (Operator("test_broken", None, torch.relu), "`compress` of operator 'test_broken' should be a function"),
+        (Operator("test_broken", torch.relu, torch.relu, 3), "`delta_weight` of operator"),
+    ],
+)
+def test_only_operators_are_registered(wrong, said):
+    with pytest.raises(TypeError, match=said):
+        register_operator(wrong)
+    with pytest.raises(ValueError, match="Unknown MoRA operator"):
+        get_operator("test_broken")

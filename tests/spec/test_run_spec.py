@@ -169,7 +169,7 @@ def test_help_lists_the_keys_and_their_choices(command):
     text = command("train.py", "--help").stdout
     for word in [
         "fft, lora, mora",
-        "gsm8k, uuid",
+        "gsm8k, gsm8k_base, uuid",
         "llama2_7b",
         "seed",
         "python train.py method=mora task=gsm8k r=256",

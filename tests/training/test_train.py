@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
 from safetensors.torch import load_file
+from tiny import ROOT, TINY
 
 from mora_repro.data.task import IGNORED, Example
 from mora_repro.results.records import Record, Store

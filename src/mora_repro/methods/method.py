@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hydra.utils
-import mora  # noqa: F401  registers MORA in PEFT
 import torch
 from hydra.errors import InstantiationException
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+
+import mora  # noqa: F401  registers MORA in PEFT
 
 from ..errors import UserError
 from ..spec import RunSpec

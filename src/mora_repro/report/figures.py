@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -18,101 +22,110 @@ from matplotlib.figure import Figure
 
 from ..results.aggregate import CellResult, collect
 from ..results.records import Record
+from ..spec import RunSpec
 from ..spec.table import load_table
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; line styles tell them apart in grey.
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-LORA_STYLES = [
-    (SKY, ":"),
-    (BLUE, "-."),
-    (GREEN, "--"),
-    (ORANGE, (0, (5, 1))),
-    (VERMILION, (0, (3, 1, 1, 1))),
-    (PURPLE, "-"),
-]
+# Okabe and Ito's colours, which the colour-blind can tell apart; line styles tell the curves apart in grey.
+BLACK = "#000000"
+BY_RANK = ["#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"]
+BY_METHOD = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+# Dotted, dashed, dash-dotted, long dashes, dash-dot-dotted, long dash and dot.
+LINES = [(0, dashes) for dashes in ((1, 1), (4, 1.2), (5, 1, 1, 1), (9, 1.5), (5, 1, 1, 1, 1, 1), (11, 1, 2, 1))]
+
+# Text stays text in the PDF, with its font.
+STYLE: dict[Any, Any] = {"pdf.fonttype": 42, "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8.5}
 
 
-def draw(name: str, scale: str, records: list[Record]) -> tuple[Figure, list[str]]:
-    """A figure, and the names of its cells that have not run."""
+def draw(name: str, scale: str, records: Sequence[Record]) -> tuple[Figure, list[str]]:
+    """A figure of conf/table, and the names of its cells that have not run (a note under it has them too)."""
     table = load_table(name)
     results = collect(table.cells(scale), records)
     ran = [result for result in results if result.records]
-    missing = [_label(result) for result in results if not result.records]
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    by_rank = sorted({result.cell.r for result in results if result.cell.method == "lora" and result.cell.r})
-    for result in ran:
-        _curve(axes, result, _style(result, by_rank))
-    steps = max((record.curve.step[-1] for r in ran for record in r.records.values() if record.curve), default=1)
-    axes.set_yscale("log")
-    axes.set_xlabel("training step")
-    axes.set_ylabel(f"training loss (mean of {_window(steps)} steps)")
-    seeds = {len(result.records) for result in ran}
-    how_many = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(max(seeds, default=0))
-    axes.set_title(
-        f"{table.title} (scale {scale}, {how_many} seed{'s' if max(seeds, default=0) > 1 else ''})", fontsize=9
-    )
-    axes.grid(alpha=0.3, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    missing = [result.cell.name for result in results if not result.records]
+    spec = results[0].cell.spec(0)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+        for result in ran:
+            _curve(axes, result, *_style(result, results))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("training step")
+        axes.set_ylabel(f"training loss (mean over an epoch, {_epoch(spec)} steps)")
+        axes.set_title(f"{table.title} (scale {scale})")
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+        if ran:
+            axes.legend(frameon=False, handlelength=3.6)
+        note = textwrap.fill(_note(ran, missing), 105)
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="#444444")
     return figure, missing
 
 
-def _curve(axes: Axes, result: CellResult, style: tuple[str, object]) -> None:
+def _note(ran: Sequence[CellResult], missing: Sequence[str]) -> str:
+    """What lines and bands are, and what is missing."""
+    seeds = {len(result.records) for result in ran}
+    if not seeds:
+        lines = "No finished run."
+    elif max(seeds) == 1:
+        lines = "One seed."
+    else:
+        count = str(max(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+        lines = f"Line: mean over {count} seeds; band: smallest to largest."
+    return lines + (f" Not run: {', '.join(missing)}." if missing and ran else "")
+
+
+def _curve(axes: Axes, result: CellResult, colour: str, line: Any) -> None:
     """Mean over seeds of the smoothed loss, in a band from the smallest to the largest seed's."""
     losses = pd.DataFrame(
-        {
-            seed: pd.Series(record.curve.loss, index=record.curve.step)
-            for seed, record in result.records.items()
-            if record.curve
-        }
+        {seed: pd.Series(r.curve.loss, index=r.curve.step) for seed, r in result.records.items() if r.curve}
     )
-    smooth = losses.rolling(_window(int(losses.index[-1])), center=True, min_periods=1).mean()
-    color, line = style
-    axes.plot(smooth.index, smooth.mean(axis=1), color=color, linestyle=line, linewidth=1.6, label=_label(result))
+    spec = result.cell.spec(0)
+    window = max(1, round(_epoch(spec) / spec.training.log_every))  # a logged loss is a mean since the last one
+    smooth = losses.rolling(window, center=True, min_periods=1).mean()
+    axes.plot(smooth.index, smooth.mean(axis=1), color=colour, linestyle=line, linewidth=1.6, label=result.cell.name)
     if smooth.shape[1] > 1:
-        axes.fill_between(smooth.index, smooth.min(axis=1), smooth.max(axis=1), color=color, alpha=0.15, linewidth=0)
+        low, high = smooth.min(axis=1), smooth.max(axis=1)
+        axes.fill_between(smooth.index, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _window(steps: int) -> int:
-    """One epoch of the mini task, or about 1.5 % of the run: the loss of single batches is noise."""
-    return max(1, round(steps / 75))
+def _epoch(spec: RunSpec) -> int:
+    """Steps per epoch: over fewer, the loss differs by which pairs were drawn."""
+    return math.ceil(spec.task["pairs"] / spec.training.batch_size)
 
 
-def _label(result: CellResult) -> str:
-    title = result.cell.spec(0).method.title
-    return title if result.cell.r is None else f"{title} r={result.cell.r}"
-
-
-def _style(result: CellResult, ranks: list[int]) -> tuple[str, object]:
-    cell = result.cell
-    if cell.method == "fft":
+def _style(result: CellResult, results: Sequence[CellResult]) -> tuple[str, Any]:
+    """Every curve has a line of its own; colours go by rank where one method has ranks, else by method."""
+    if result.cell.r is None:
         return BLACK, "-"
-    if len(ranks) > 2:
-        return LORA_STYLES[ranks.index(cell.r or 0) % len(LORA_STYLES)]
-    color = BLUE if cell.method == "lora" else VERMILION
-    return color, ":" if cell.r == min(ranks) else "--"
+    cells = [each.cell for each in results if each.cell.r is not None]
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    place = cells.index(result.cell)
+    colour = BY_RANK[place % 6] if len(methods) == 1 else BY_METHOD[methods.index(result.cell.method) % 6]
+    return colour, LINES[place % len(LINES)]
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `path`.png (160 dpi) and `path`.pdf, the same bytes for the same figure."""
+    """Write `path`.png (160 dpi) and `path`.pdf, each whole or not at all, the same bytes for the same figure.
+
+    Raises OSError where they can't be written. The figure is closed.
+    """
+    metadata: dict[str, dict[str, Any]] = {
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, metadata in (
-        ("png", {"Software": None}),
-        ("pdf", {"CreationDate": None, "Producer": None, "Creator": None}),
-    ):
+    for suffix, fields in metadata.items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=160, metadata=metadata)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(buffer.getvalue())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path.with_suffix(f".{suffix}"))
+        with plt.rc_context(STYLE):
+            figure.savefig(buffer, format=suffix, dpi=160, metadata=fields)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(buffer.getvalue())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path.with_suffix(f".{suffix}"))
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     plt.close(figure)

@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from omegaconf import DictConfig
-from rich import box
 from rich.console import Console
-from rich.table import Table as Grid
 
 from ..errors import UserError
+from ..results.aggregate import collect
 from ..results.records import Record, Store, write_atomically
+from ..spec.compose import options
+from ..spec.table import load_table
 from . import figures, table2
+from .sentence import sentence
+from .terminal import grid
+
+FIGURES = ("figure2", "figure3")
 
 
 def main(config: DictConfig) -> int:
-    """`python scripts/report.py`: tables and figures of every scale that has records."""
+    """`python scripts/report.py`: the tables and figures of `scale`, or of every scale that has records.
+
+    Raises UserError where there is nothing to report, for an unknown scale, and for a folder that can't be written.
+    """
     store = Store(config.out)
     records, problems = store.load_all()
     for problem in problems:
         print(problem, file=sys.stderr)
-    known = sorted({record.spec.scale for record in records if record.spec.task["name"] == "uuid"})
-    scales = [config.scale] if config.scale else known
-    if not known or not set(scales) <= set(known):
+    scales = [scale for scale in ([config.scale] if config.scale else options("scale")) if _has_run(scale, records)]
+    if not scales:
+        at = f" at scale={config.scale}" if config.scale else ""
+        others = f" ({len(records)} other records: searches and overridden runs join no table)" if records else ""
         raise UserError(
-            f"out={config.out} has no records of Table 2{f' at scale={config.scale}' if config.scale else ''}. "
-            f"Make them: python scripts/sweep.py table=2 scale={config.scale or 'mini'} seeds=3 out={config.out}"
+            f"out={config.out} has no finished run of Table 2 or its figures{at}{others}. Make them: "
+            f"python scripts/sweep.py table=2 scale={config.scale or 'mini'} seeds=3 out={config.out}"
         )
     try:
         for scale in scales:
             report(scale, records, store)
     except OSError as error:
-        raise UserError(f"the tables and figures can't be written: {error}") from error
+        raise UserError(
+            f"out={config.out} can't be written ({error}). Choose a folder that can, and copy runs/ there: out=<folder>"
+        ) from error
     return 0
 
 
-def report(scale: str, records: list[Record], store: Store) -> None:
+def _has_run(scale: str, records: Sequence[Record]) -> bool:
+    cells = [cell for name in ("2", *FIGURES) for cell in load_table(name).cells(scale)]
+    return any(result.records for result in collect(cells, records))
+
+
+def report(scale: str, records: Sequence[Record], store: Store) -> None:
     """Write Table 2 and Figures 2 and 3 of a scale, and print the table, what it shows, and the files."""
     table = table2.build(scale, records)
     tables = store.out / "tables" / f"table2-{scale}"
@@ -45,37 +62,16 @@ def report(scale: str, records: list[Record], store: Store) -> None:
         (".tex", table2.latex(table)),
     ):
         write_atomically(tables.with_suffix(suffix), text)
-    console = Console()
-    console.print(grid(table))
-    console.print(table2.sentence(table), highlight=False)
-    console.print(f"\ntable:   {tables}.md, .csv, .tex", highlight=False, soft_wrap=True)
-    for name in ("figure2", "figure3"):
+    files = [f"table 2:  {tables}.md, .csv, .tex"]
+    for name in FIGURES:
         figure, missing = figures.draw(name, scale, records)
         path = store.out / "figures" / f"{name}-{scale}"
         figures.save(figure, path)
         note = f" (not run: {', '.join(missing)})" if missing else ""
-        console.print(f"{name}: {path}.png, .pdf{note}", highlight=False, soft_wrap=True)
-
-
-def grid(table: table2.Table2) -> Grid:
-    """Table 2 for a terminal of 80 columns: ours by step, then the paper's by step."""
-    seeds = f"{len(table.seeds)} seed" + ("s" if len(table.seeds) != 1 else "")
-    lines = Grid(
-        title=f"Table 2, character accuracy (%) by step: ours ({table.scale}, {seeds}) | the paper's (7B)",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
-    lines.add_column("")
-    lines.add_column("trained", justify="right")
-    for step in [*table.steps, *table.paper_steps]:
-        lines.add_column(str(step), justify="right", no_wrap=True)
-    for row in table.rows:
-        r = "" if row.result.cell.r is None else f" r={row.result.cell.r}"
-        trainable = "-" if row.result.trainable is None else f"{row.result.trainable:,}"
-        ours = ["-" if i is None else f"{i.mean:.1f}" + ("" if i.half is None else f"±{i.half:.0f}") for i in row.ours]
-        for column, text in enumerate(ours):
-            if table.best(column) is row:
-                ours[column] = f"[bold]{text}[/bold]"
-        paper = [f"[dim]{value:.1f}[/dim]" for value in row.paper]
-        lines.add_row(f"{row.title}{r}", trainable, *ours, *paper)
-    return lines
+        files.append(f"figure {name.removeprefix('figure')}: {path}.png, .pdf{note}")
+    console = Console()
+    console.print(grid(table, console.width))
+    text, *command = sentence(table, str(store.out)).splitlines()
+    console.print(f"\n{text}", highlight=False, markup=False)
+    for line in [*command, "", *files]:  # none of them wrapped, so that they can be copied
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -29,7 +29,19 @@ class Cell:
         return [f"method={self.method}", f"task={self.task}", *rank, f"scale={self.scale}", f"seed={seed}"]
 
     def spec(self, seed: int) -> RunSpec:
-        return RunSpec.from_config(compose_config(self.overrides(seed)))
+        """The run of this cell's recipe with a seed. Raises UserError where it can't be composed."""
+        return _spec(self, seed)
+
+    @property
+    def name(self) -> str:
+        """The method's title and the rank: 'LoRA r=8', 'FFT'."""
+        title = self.spec(0).method.title
+        return title if self.r is None else f"{title} r={self.r}"
+
+
+@cache
+def _spec(cell: Cell, seed: int) -> RunSpec:
+    return RunSpec.from_config(compose_config(cell.overrides(seed)))
 
 
 class Row(Strict):
@@ -60,7 +72,9 @@ class Table(Strict):
 
 @cache
 def ranks(scale: str) -> dict[str, list[int]]:
-    """The ranks that a scale calls low, high and all."""
+    """The ranks that a scale calls low, high and all. Raises UserError where there is no such scale."""
+    if scale not in (known := options("scale")):
+        raise UserError(f"scale={scale} is not known.{did_you_mean(scale, known)} Choices: {', '.join(known)}.")
     named = yaml.safe_load((CONF / "scale" / f"{scale}.yaml").read_text())["scale"]["ranks"]
     return {name: value if isinstance(value, list) else [value] for name, value in named.items()}
 

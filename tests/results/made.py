@@ -1,0 +1,60 @@
+"""Records with made-up numbers for the tests of tables, figures and sentences."""
+
+from collections.abc import Sequence
+
+from mora_repro.results.records import Curve, Environment, Evaluation, Parameters, Record
+from mora_repro.spec import RunSpec, compose_config
+from mora_repro.spec.table import Cell, load_table
+
+TRAINABLE = {"fft": 700_000, "lora": 1000, "mora": 1000}  # times the rank
+NOWHERE = Environment(
+    git_commit=None, git_dirty=None, python="3.11", packages={}, cpu="none", cores=1, memory_gb=1.0, gpus=[]
+)
+
+
+def record(
+    cell: Cell,
+    seed: int,
+    accuracy: Sequence[float],
+    *,
+    overrides: Sequence[str] = (),
+    trainable: int | None = None,
+    status: str = "finished",
+    loss: float = 1.0,
+) -> Record:
+    """A run of the cell whose accuracy at its evaluation steps is the given one; its loss is constant."""
+    changed = [*cell.overrides(seed), *overrides]
+    spec = RunSpec.from_config(compose_config(changed)) if overrides else cell.spec(seed)
+    steps = spec.training.evaluate_at
+    assert len(accuracy) == len(steps)
+    return Record(
+        id=spec.id,
+        status=status,  # type: ignore[arg-type]
+        spec=spec,
+        command="made up",
+        started="2024-01-01T00:00:00+00:00",
+        environment=NOWHERE,
+        parameters=Parameters(trainable=trainable or TRAINABLE[cell.method] * (cell.r or 1), total=10**6),
+        curve=Curve(step=list(range(1, 301)), loss=[loss] * 300, lr=[1e-3] * 300),
+        evaluations=[
+            Evaluation(step=step, metrics={"char_accuracy": value}) for step, value in zip(steps, accuracy, strict=True)
+        ],
+    )
+
+
+def table_records(accuracy: dict[tuple[str, int | None], Sequence[float]], scale: str = "mini") -> list[Record]:
+    """Records of Table 2: for a method and rank, one value per seed, the same at every step."""
+    return [
+        record(cell, seed, [value] * 4)
+        for cell in load_table("2").cells(scale)
+        for seed, value in enumerate(accuracy.get((cell.method, cell.r), []))
+    ]
+
+
+THREE_SEEDS: dict[tuple[str, int | None], list[float]] = {
+    ("fft", None): [90.0, 91.0, 92.0],
+    ("lora", 4): [20.0, 22.0, 24.0],
+    ("mora", 4): [50.0, 53.0, 53.0],
+    ("lora", 32): [60.0, 62.0, 61.0],
+    ("mora", 32): [61.0, 60.0, 62.0],
+}
