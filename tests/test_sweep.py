@@ -90,7 +90,7 @@ def test_every_cell_of_table_2_gets_the_same_number_of_different_tries():
             ids = {Job.of([*cell.overrides(100), *extra]).spec.id for extra in tries(cell)}
             assert len(ids) == len(tries(cell))
             counts[cell] = len(ids)
-    assert set(counts.values()) == {12}
+    assert set(counts.values()) == {15}
 
 
 def test_the_best_try_has_the_best_mean_score_and_edges_are_marked(tmp_path):

@@ -39,14 +39,15 @@ def main(config: DictConfig) -> int:
     for notice in spec.notices():
         say(notice)
     store = Store(config.out)
-    if config.rerun:
-        with explained(store):
+    with explained(store):
+        if config.rerun:
             shutil.rmtree(store.work(spec.id), ignore_errors=True)
             store.record_path(spec.id).unlink(missing_ok=True)
-    elif record := store.finished(spec.id):
-        say(f"this run finished on {record.started[:10]}: {shown(record)}")
-        say(f"record: {store.record_path(spec.id)}\nrun it again: the same command with rerun=true, or out=<folder>")
-        return 0
+        elif record := store.finished(spec.id):
+            path = store.record_path(spec.id)
+            say(f"this run finished on {record.started[:10]}: {shown(record)}\nrecord: {path}")
+            say("run it again: the same command with rerun=true, or out=<folder>")
+            return 0
     record = run(spec, store)
     if record.status == "interrupted":
         say("interrupted; the same command goes on where it was.")

@@ -9,7 +9,7 @@ from torch import nn
 
 from mora import MoraConfig, MoraLayer
 
-bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, for quantised bases")
+bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install -e '.[dev,quantised]'")
 
 # A merge quantises the sum anew. The largest error that may make, as part of the largest output.
 TOLERANCE = {8: 0.05, 4: 0.4}

@@ -39,7 +39,14 @@ def search_table(specs: list[RunSpec], store: Store) -> pd.DataFrame:
         steps = {f"step_{e.step}": v for e, v in zip(record.evaluations, values, strict=True)}
         score = sum(values) / len(values)
         rows.append(
-            {"method": spec.method.name, "r": spec.r, "lr": spec.lr, "alpha": alpha, "seed": spec.seed}
+            {
+                "task": spec.task["name"],
+                "method": spec.method.name,
+                "r": spec.r,
+                "lr": spec.lr,
+                "alpha": alpha,
+                "seed": spec.seed,
+            }
             | {"score": score, **steps, "record": spec.id}
         )
     table = pd.DataFrame(rows).astype({"r": "Int64", "alpha": "Int64"})
