@@ -78,20 +78,15 @@ class MoraLayer(BaseTunerLayer):
                 f"No M fits {sides}: operator={config.operator!r} needs at least 2 inputs and 2 outputs. "
                 f"`exclude_modules` leaves the layer out."
             )
-        if size > largest:
-            reason = (
+        if size > largest and not config.cap:
+            fits = operator.largest_rank(self.in_features, self.out_features)
+            advice = f"The largest r that fits is {fits}" if fits else "No r fits"
+            raise ValueError(
                 f"r={r} is too large for {sides}: M would have {size} rows, and {largest} fit with "
-                f"operator={config.operator!r}."
+                f"operator={config.operator!r}. {advice}; other ways: `cap=True` takes the largest M that fits in "
+                f"each layer, `rank_pattern` gives a layer a rank of its own, `exclude_modules` leaves it out."
             )
-            if not config.cap:
-                fits = operator.largest_rank(self.in_features, self.out_features)
-                advice = f"The largest r that fits is {fits}" if fits else "No r fits"
-                raise ValueError(
-                    f"{reason} {advice}; other ways: `cap=True` takes the largest M that fits in each layer, "
-                    f"`rank_pattern` gives a layer a rank of its own, `exclude_modules` leaves it out."
-                )
-            warnings.warn(f"{reason} Taking {largest} rows (`cap=True`).", stacklevel=2)
-            size = largest
+        size = min(size, largest)
 
         self.r[adapter_name] = r
         self.mora_operator[adapter_name] = config.operator

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import MoraConfig
 from .layer import Linear, MoraLayer
-from .operators import Grouping
+from .operators import Grouping, get_operator
 
 
 class MoraModel(BaseTuner):
@@ -45,6 +45,26 @@ class MoraModel(BaseTuner):
     prefix: str = "mora_"
     tuner_layer_cls = MoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; one warning names the layers that are too small for r, where the configuration caps them."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        capped = []
+        for name, layer in model.named_modules():
+            if not isinstance(layer, MoraLayer) or adapter_name not in layer.mora_M:
+                continue
+            operator = get_operator(layer.mora_operator[adapter_name])
+            wanted = operator.size(layer.in_features, layer.out_features, layer.r[adapter_name])
+            if (size := layer.mora_layout[adapter_name].size) < wanted:
+                capped.append(f"{name} (M of {size} instead of {wanted} rows)")
+        if capped:
+            others = f" and {len(capped) - 1} more" if len(capped) > 1 else ""
+            r = cast(MoraConfig, self.peft_config[adapter_name]).r
+            warnings.warn(
+                f"r={r} is too large for {capped[0]}{others}: there M has the largest "
+                f"size that fits (`cap=True`), and fewer parameters than a LoRA of that rank.",
+                stacklevel=2,
+            )
 
     def _create_and_replace(  # type: ignore[override]  # narrower: only ever called with its own config
         self,

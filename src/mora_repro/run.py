@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -35,6 +37,7 @@ INTERRUPTED = 130  # the exit status of a run that was stopped and can go on
 
 def main(config: DictConfig) -> int:
     """`python train.py`: run the composed configuration; returns the process's exit status."""
+    warnings.showwarning = _show_warning
     spec = RunSpec.from_config(config)
     for notice in spec.notices():
         say(notice)
@@ -66,6 +69,8 @@ def run(spec: RunSpec, store: Store, need_weights: bool = False) -> Record:
     """
     if spec.scale == "paper" and not torch.cuda.is_available():
         raise UserError(_what_paper_scale_needs(spec))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where installed, warns that it has to find that out
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     work = store.work(spec.id)
@@ -237,6 +242,12 @@ def explained(store: Store) -> Iterator[None]:
 def shown(record: Record) -> str:
     """The final metrics, in words."""
     return ", ".join(f"{name} {value:.2f}" for name, value in record.metrics.items()) or "no metrics"
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """A line for what concerns the run, such as capped layers; deprecations are for the suite's tests."""
+    if issubclass(category, UserWarning):
+        say(f"warning: {message}")
 
 
 def say(text: str) -> None:

@@ -73,6 +73,7 @@ def run_jobs(jobs: list[Job], store: Store, workers: int | None = None) -> int:
         f"{len(jobs)} runs, {len(jobs) - len(waiting)} finished before; records: {store.out / 'runs'}, "
         f"logs: {store.out / 'work'}/<run>/log.txt",
         highlight=False,
+        soft_wrap=True,
     )
     if not waiting:
         return 0
@@ -185,11 +186,14 @@ class Pool:
                 self.failed.append(job)
                 log = self.store.work(run_id) / "log.txt"
                 self.console.print(
-                    f"failed: {title(job.spec)}: {_last_line(log)} ({log})", highlight=False, style="red"
+                    f"failed: {title(job.spec)}: {_last_line(log)} ({log})",
+                    highlight=False,
+                    soft_wrap=True,
+                    style="red",
                 )
                 continue
             scores = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
-            self.console.print(f"done: {title(job.spec)}: {scores}{self._left()}", highlight=False)
+            self.console.print(f"done: {title(job.spec)}: {scores}{self._left()}", highlight=False, soft_wrap=True)
         trained = sum(self.store.finished(base) is not None for base in self.bases)
         self.progress.update(self.overall, completed=self.done + part + trained, note=f"{self.done}/{jobs}")
 

@@ -596,15 +596,25 @@ def test_an_r_too_large_names_the_layer_its_size_and_the_largest_r():
 
 
 def test_cap_takes_the_largest_m_with_a_warning_and_survives_saving(tmp_path):
-    with pytest.warns(UserWarning, match="Taking 10 rows"):
+    with pytest.warns(UserWarning, match=r"r=8 is too large for first \(M of 10 instead of 16 rows\): there M"):
         model = get_peft_model(
             MLP_KIND.model(), MoraConfig(r=8, cap=True, init_weights=False, target_modules=["first"])
         ).eval()
     assert layers(model)[0].mora_M["default"].shape == (10, 10)
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="Taking 10 rows"):
+    with pytest.warns(UserWarning, match="M of 10 instead of 16 rows"):
         loaded = PeftModel.from_pretrained(MLP_KIND.model(), tmp_path).eval()
     assert same(logits(loaded, MLP_KIND.batch()), logits(model, MLP_KIND.batch()))
+
+
+def test_all_layers_that_are_capped_get_one_warning():
+    with pytest.warns(UserWarning) as caught:
+        get_peft_model(LLAMA.model(), MoraConfig(r=100, cap=True, **LLAMA.config))
+    [said] = [str(warning.message) for warning in caught if "cap=True" in str(warning.message)]
+    assert "and 13 more" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(LLAMA.model(), MoraConfig(r=1, cap=True, **LLAMA.config))
 
 
 @pytest.mark.parametrize(

@@ -106,14 +106,16 @@ def generate(
     dice = random.Random(f"gsm8k {split} {seed}")
     taken = set(leave_out or ())
     problems: list[tuple[str, str]] = []
-    drawn = 0
+    repeated = 0  # in a row
     while len(problems) < count:
         question, answer = _problem(dice, dice.randint(*steps))
-        drawn += 1
         if question not in taken:
             taken.add(question)
             problems.append((question, answer))
-        elif drawn > 100 * count:
+            repeated = 0
+            continue
+        repeated += 1
+        if repeated > 1000:
             raise UserError(
                 f"task.data=generated has too few different problems of {steps[0]} to {steps[1]} steps for "
                 f"{count}; ask for fewer (task.train_limit={len(problems)}) or more steps (task.steps=[2,6])."

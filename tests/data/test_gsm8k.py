@@ -1,0 +1,166 @@
+"""Word problems: generated ones are right and a function of the seed; answers are read as MetaMath's scoring does."""
+
+import json
+import re
+from decimal import Decimal
+
+import pandas as pd
+import pytest
+from tiny import ROOT, TINY
+
+from mora_repro.data.files import read_hub
+from mora_repro.data.gsm8k import CHANGE, LARGEST, Gsm8k, final_number, generate
+from mora_repro.data.task import build_task
+from mora_repro.errors import UserError
+from mora_repro.spec import RunSpec, compose_config
+
+REAL = ROOT.parent / "shared" / "data" / "gsm8k"
+ROW = {"question": "How many?", "answer": "It is 3.\n#### 3"}
+
+
+def task(*overrides: str) -> Gsm8k:
+    made = build_task(RunSpec.from_config(compose_config(["scale=mini", "method=fft", "task=gsm8k", *overrides])))
+    assert isinstance(made, Gsm8k)
+    return made
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (2, 3), (5, 5)])
+def test_generated_problems_have_right_chains_and_answers(steps):
+    problems = generate(0, "train", 300, steps)
+    assert len({question for question, _ in problems}) == 300
+    lengths = set()
+    for question, answer in problems:
+        *chain, last = answer.split("\n")
+        lengths.add(len(chain))
+        now = int(re.search(r"has (\d+)", question).group(1))
+        for step in chain:
+            left, sign, right, result = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", step).groups()
+            assert int(left) == now
+            now = {"+": now + int(right), "-": now - int(right), "*": now * int(right)}[sign]
+            assert now == int(result) and 0 < now <= LARGEST
+            assert (sign == "*" and right == "2" and "doubles" in question) or int(right) <= CHANGE
+            assert sign == "*" or f" {right}" in question
+        assert last == f"#### {now}" and question.endswith("?")
+    assert lengths == set(range(steps[0], steps[1] + 1))
+
+
+def test_the_generated_world_is_a_function_of_the_seed_and_no_test_question_is_trained_on():
+    assert generate(0, "train", 50, (2, 3)) == generate(0, "train", 50, (2, 3)) != generate(1, "train", 50, (2, 3))
+    made = task("task.train_limit=3000")
+    trained = {prompt for prompt, _ in made.pairs_to_train()}
+    asked = {prompt for prompt, _ in made.questions()}
+    assert (len(trained), len(asked)) == (3000, 200) and not trained & asked
+
+
+def test_more_problems_than_there_are_is_an_error_that_says_how_many_there_are():
+    with pytest.raises(UserError, match=r"too few different problems of 1 to 1 steps.*task.train_limit=\d+"):
+        generate(0, "train", 1_000_000, (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3+4=7\n#### 7", 7),
+        ("#### 1,234,567", 1234567),
+        ("#### $18.00", 18),
+        ("so he pays $1,200.50 in all.", Decimal("1200.5")),
+        ("The answer is: 42.", 42),
+        ("The answer is 42 and not 43", 42),
+        ("the answer is -7", -7),
+        ("first #### 1 then #### 2", 2),
+        ("2 eggs and 3 more", 3),
+        ("#### .5", Decimal("0.5")),
+        ("70% of them", 70),
+        ("The answer is unknown after 5", 5),
+        ("none at all", None),
+        ("", None),
+    ],
+)
+def test_the_final_number_of_an_answer(text, number):
+    assert final_number(text) == number
+
+
+def test_score_compares_by_value():
+    made = task("task.test_limit=4")
+    golds = [str(final_number(gold)) for _, gold in made.questions()]
+    assert made.score([f"#### {golds[0]}.0", f"The answer is: {golds[1]}", "no", f"#### {golds[3]}1"]) == {
+        "exact_match": 50
+    }
+
+
+def write(folder, split: str, rows: list[dict]) -> None:
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_users_files_are_read_as_jsonl_or_parquet(tmp_path):
+    write(tmp_path, "train", [ROW, {**ROW, "question": "And?", "source": "x"}])
+    pd.DataFrame([ROW] * 3).to_parquet(tmp_path / "test.parquet")
+    made = task(f"task.data={tmp_path}")
+    assert made.pairs_to_train() == [("How many?\n", ROW["answer"]), ("And?\n", ROW["answer"])]
+    assert made.questions() == [("How many?\n", ROW["answer"])] * 3
+    assert len(task(f"task.data={tmp_path}", "task.train_limit=1").pairs_to_train()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"question": "a", "answer": ', r"train.jsonl, line 2 is no JSON .*One object per line"),
+        ('["a", "b"]', r"train.jsonl, line 2 should be a JSON object"),
+        ('{"question": "a", "reply": "b"}', r"train.jsonl, line 2 has no 'answer'; it has 'question', 'reply'"),
+        ('{"question": "a", "answer": 3}', r"train.jsonl, line 2: 'answer' should be text, and is 3"),
+    ],
+)
+def test_a_malformed_line_is_named_with_what_was_expected(tmp_path, line, said):
+    write(tmp_path, "train", [ROW])
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=said):
+        task(f"task.data={tmp_path}").pairs_to_train()
+
+
+def test_missing_empty_and_broken_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere is no folder.*task.data=generated"):
+        task(f"task.data={tmp_path / 'nowhere'}").pairs_to_train()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"has no train.jsonl or train.parquet; it holds notes.txt"):
+        task(f"task.data={tmp_path}").pairs_to_train()
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(UserError, match=r"train.jsonl has no rows; 'question', 'answer' are expected"):
+        task(f"task.data={tmp_path}").pairs_to_train()
+    (tmp_path / "test.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"test.parquet is no parquet file"):
+        task(f"task.data={tmp_path}").questions()
+
+
+def test_a_run_on_a_malformed_file_ends_with_one_error(command, tmp_path):
+    write(tmp_path, "train", [ROW])
+    (tmp_path / "test.jsonl").write_text("{}\n")
+    tiny = [override for override in TINY if not override.startswith(("task=", "task."))]
+    arguments = ["train.py", "method=fft", "task=gsm8k", *tiny, f"task.data={tmp_path}", f"out={tmp_path / 'out'}"]
+    done = command(*arguments, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "test.jsonl, line 1 has no 'question'" in done.stderr
+
+
+def test_the_hub_out_of_reach_says_how_to_get_the_data_beforehand():
+    with pytest.raises(UserError, match=r"meta-math/MetaMathQA can't be had.*hf download.*task.data=<folder>"):
+        read_hub("meta-math/MetaMathQA", None, "train", ["query"], None)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K files are not beside this checkout")
+def test_real_gsm8k_is_read_and_every_gold_answer_is_scored_right():
+    made = task(f"task.data={REAL}", "task.train_limit=null", "task.test_limit=null")
+    assert len(made.pairs_to_train()) == 7473
+    golds = [gold for _, gold in made.questions()]
+    assert len(golds) == 1000 and made.score(golds) == {"exact_match": 100}
+    assert made.score([""] * 1000) == {"exact_match": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K files are not beside this checkout")
+def test_a_run_on_real_gsm8k_reaches_its_record(command, tmp_path):
+    tiny = [override for override in TINY if not override.startswith(("task=", "task."))]
+    arguments = ["train.py", "method=mora", "task=gsm8k", "r=4", *tiny, f"task.data={REAL}", "task.test_limit=4"]
+    command(*arguments, "task.train_limit=50", f"out={tmp_path}")
+    [record] = (tmp_path / "runs").iterdir()
+    assert set(json.loads(record.read_text())["metrics"]) == {"exact_match"}
