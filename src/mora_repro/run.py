@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from .data.task import build_task
 from .errors import UserError
-from .evaluation import evaluate
+from .evaluation import evaluate, prompt_room
 from .methods import apply_method, count_parameters, load_base, load_tokenizer, on_meta_device
 from .results.environment import describe_environment, peak_memory_mb
 from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store, write_atomically
@@ -117,6 +117,7 @@ def _run(spec: RunSpec, store: Store, work: Path) -> Record:
             say(f"{data.truncated} samples cut at {spec.training.max_length} tokens, {data.dropped} of them dropped")
         set_seed(spec.seed)
         model = apply_method(load_base(spec, tokenizer, base_weights), spec)
+        prompt_room(cast(PreTrainedModel, model), tokenizer, task)  # before hours of training, not after
         trainable, total = count_parameters(model)
         say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")
         _refuse_full_disk(store, 4 * (7 * trainable))  # two checkpoints of weights and moments, one artefact

@@ -218,7 +218,9 @@ class Pool:
 def title(spec: RunSpec) -> str:
     """A run's short name on the screen."""
     rank = "" if spec.r is None else f" r={spec.r}"
-    return f"{spec.task['name']} {spec.method.title}{rank} seed {spec.seed} lr {spec.lr:g}"
+    alpha = (spec.method.peft or {}).get("lora_alpha")
+    scaled = "" if alpha is None else f" alpha {alpha:g}"
+    return f"{spec.task['name']} {spec.method.title}{rank} seed {spec.seed} lr {spec.lr:g}{scaled}"
 
 
 def _tail(path: Path) -> tuple[int, int | None, str] | None:

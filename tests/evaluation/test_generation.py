@@ -5,6 +5,7 @@ import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from mora_repro.data.task import Task, prompt_tokens
+from mora_repro.errors import UserError
 from mora_repro.evaluation import answer, evaluate
 
 
@@ -57,6 +58,7 @@ class Echo(Task):
     """Asks prompts of a given length and scores by the number of answers."""
 
     length: int
+    longest: int = 4
 
     def pairs_to_train(self):
         return []
@@ -65,7 +67,7 @@ class Echo(Task):
         return [("q" * self.length, "a"), ("short", "b")]
 
     def longest_answer(self, tokenizer):
-        return 4
+        return self.longest
 
     def score(self, answers):
         return {"answers": float(len(answers))}
@@ -76,3 +78,9 @@ def test_a_prompt_beyond_the_positions_is_cut_and_counted(model, tokenizer, leng
     task = Echo(name="echo", title="echo", metric="answers", seed=0, length=length)
     metrics = evaluate(model, tokenizer, task)
     assert metrics["answers"] == 2 and metrics.get("cut_prompts", 0) == cut
+
+
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(model, tokenizer):
+    task = Echo(name="echo", title="echo", metric="answers", seed=0, length=3, longest=64)
+    with pytest.raises(UserError, match=r"answers of 64 tokens.*64 positions.*task.max_new_tokens=16"):
+        evaluate(model, tokenizer, task)

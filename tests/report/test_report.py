@@ -50,7 +50,7 @@ def test_a_try_of_the_search_changes_nothing(tmp_path):
     report(tmp_path)
     before = written(tmp_path)
     lora = Cell("lora", 4, "uuid", "mini")
-    save(tmp_path, [record(lora, 100, [99] * 4), record(lora, 0, [99] * 4, overrides=["lr=2e-3"])])
+    save(tmp_path, [record(lora, 100, [99] * 4), record(lora, 0, [99] * 4, overrides=["lr=3.3e-3"])])
     report(tmp_path)
     assert written(tmp_path) == before
 
@@ -76,7 +76,7 @@ def test_a_corrupt_record_is_named_and_left_out(tmp_path, capsys):
 def test_without_records_it_says_what_to_run(tmp_path, scale):
     with pytest.raises(UserError, match=f"python scripts/sweep.py table=2 scale=mini seeds=3 out={tmp_path}"):
         report(tmp_path, scale)
-    save(tmp_path, [record(Cell("lora", 4, "uuid", "mini"), 0, [9] * 4, overrides=["lr=2e-3"])])
+    save(tmp_path, [record(Cell("lora", 4, "uuid", "mini"), 0, [9] * 4, overrides=["lr=3.3e-3"])])
     with pytest.raises(UserError, match=r"no finished run.*1 other record"):
         report(tmp_path, scale)
     assert not (tmp_path / "tables").exists()

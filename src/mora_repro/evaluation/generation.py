@@ -6,17 +6,28 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.task import Task, prompt_tokens
+from ..errors import UserError
 
 BATCH = 64
+
+
+def prompt_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
+    """How many tokens a prompt may have beside the longest answer. Raises UserError where that is none."""
+    positions, longest = model.config.max_position_embeddings, task.longest_answer(tokenizer)
+    if longest >= positions:
+        raise UserError(
+            f"task={task.name} allows answers of {longest} tokens, and the model has {positions} positions for prompt "
+            f"and answer together. Allow shorter ones: task.max_new_tokens={positions // 4}"
+        )
+    return positions - longest
 
 
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
     """Ask all the task's questions; its metrics (per cent), and `cut_prompts` where any had to be cut."""
     prompts = [prompt_tokens(tokenizer, prompt) for prompt, _ in task.questions()]
-    longest = task.longest_answer(tokenizer)
-    room = model.config.max_position_embeddings - longest
+    room = prompt_room(model, tokenizer, task)
     cut = sum(len(prompt) > room for prompt in prompts)
-    answers = answer(model, tokenizer, [prompt[-room:] for prompt in prompts], longest)
+    answers = answer(model, tokenizer, [prompt[-room:] for prompt in prompts], task.longest_answer(tokenizer))
     return {**task.score(answers), **({"cut_prompts": float(cut)} if cut else {})}
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..results.aggregate import CellResult, collect
-from ..results.records import Record
+from ..results.records import Record, write_atomically
 from ..spec import RunSpec
 from ..spec.table import load_table
 
@@ -114,18 +112,9 @@ def save(figure: Figure, path: Path) -> None:
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, fields in metadata.items():
         buffer = io.BytesIO()
         with plt.rc_context(STYLE):
             figure.savefig(buffer, format=suffix, dpi=160, metadata=fields)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(buffer.getvalue())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path.with_suffix(f".{suffix}"))
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path.with_suffix(f".{suffix}"), buffer.getvalue())
     plt.close(figure)

@@ -1,0 +1,51 @@
+"""What README.md and CONTRIBUTING.md show is there: commands, keys, files, and the library's example."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+from tiny import ROOT
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from mora_repro.spec import RunSpec, compose_config
+
+README = (ROOT / "README.md").read_text()
+TEXTS = README + (ROOT / "CONTRIBUTING.md").read_text()
+PYTHON = re.findall(r"^(?:\$ )?python (\S+) (.*)$", README, re.MULTILINE)
+
+
+def test_every_make_target_exists():
+    shown = set(re.findall(r"`?make ([a-z0-9-]+)", TEXTS))
+    there = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test"} <= shown <= there
+
+
+@pytest.mark.parametrize(("script", "arguments"), PYTHON, ids=lambda text: text)
+def test_every_python_command_composes(script, arguments):
+    keys = [text for text in shlex.split(arguments) if not text.startswith("-") and text not in ("job",)]
+    if script == "train.py":
+        RunSpec.from_config(compose_config([*keys, *([] if "scale=mini" in keys else ["scale=mini"])]))
+    else:
+        known = yaml.safe_load((ROOT / "conf" / script).with_suffix(".yaml").read_text())
+        assert {key.split("=")[0] for key in keys} <= known.keys()
+
+
+def test_every_linked_file_exists():
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", TEXTS) if "://" not in link]
+    assert len(links) > 3
+    assert [link for link in links if link and not (ROOT / link).exists()] == []
+
+
+def test_the_librarys_example_runs(tmp_path, monkeypatch, capsys):
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "path" / "to" / "model")
+    monkeypatch.chdir(tmp_path)
+    [example] = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "MoraConfig" in block]
+    values: dict = {}
+    exec(example, values)
+    assert "trainable params" in capsys.readouterr().out
+    assert type(values["merged"]) is LlamaForCausalLM and (tmp_path / "adapter" / "adapter_model.safetensors").exists()
