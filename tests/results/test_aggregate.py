@@ -28,7 +28,7 @@ def test_one_value_bounds_nothing_and_none_is_an_error():
 
 @pytest.mark.parametrize(
     "overrides",
-    [["lr=2e-3"], ["method.peft.lora_alpha=8"], ["task.pairs=65"], ["r=8"], ["model.architecture.hidden_size=64"]],
+    [["lr=3.3e-3"], ["method.peft.lora_alpha=8"], ["task.pairs=65"], ["r=8"], ["model.architecture.hidden_size=64"]],
 )
 def test_a_record_with_another_setting_is_no_record_of_the_cell(overrides):
     own = record(LORA, 0, [1, 2, 3, 4])
