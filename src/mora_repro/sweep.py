@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .errors import UserError
 from .results.records import Store
@@ -108,12 +108,11 @@ class Pool:
         self.failed: list[Job] = []
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=8),  # narrow, so that all has place in 80 columns
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,
         )
@@ -194,8 +193,8 @@ class Pool:
                 continue
             scores = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
             self.console.print(f"done: {title(job.spec)}: {scores}{self._left()}", highlight=False, soft_wrap=True)
-        trained = sum(self.store.finished(base) is not None for base in self.bases)
-        self.progress.update(self.overall, completed=self.done + part + trained, note=f"{self.done}/{jobs}")
+        part += sum(self._base_part(base) for base in self.bases)
+        self.progress.update(self.overall, completed=self.done + part, note=f"{self.done}/{jobs}")
 
     def _left(self) -> str:
         """Where there is no bar: the time left, from the runs so far."""
@@ -210,9 +209,16 @@ class Pool:
         if found := _tail(self.store.work(job.spec.id) / "metrics.jsonl"):
             return found
         base = job.spec.model.base_id
-        if base in self.bases and _tail(self.store.work(base) / "metrics.jsonl"):
-            return 0, None, "its base is trained first"
+        if base in self.bases and (part := self._base_part(base)) < 1:
+            return 0, None, f"base {part:.0%}"
         return 0, None, "starting"
+
+    def _base_part(self, base: str) -> float:
+        """How much of a base's training is done, from 0 to 1."""
+        if self.store.finished(base) is not None:
+            return 1.0
+        steps, total, _ = _tail(self.store.work(base) / "metrics.jsonl") or (0, 1, "")
+        return steps / (total or 1)
 
 
 def title(spec: RunSpec) -> str:
