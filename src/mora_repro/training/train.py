@@ -64,6 +64,7 @@ def train(
         use_cpu=not cuda,
         logging_steps=recipe.log_every,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # else a NaN would be logged as a loss of 0
         save_strategy="steps",
         save_steps=recipe.save_every,
         save_total_limit=2,
