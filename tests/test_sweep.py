@@ -39,7 +39,7 @@ def test_only_missing_runs_are_run_and_a_failure_does_not_stop_the_rest(tmp_path
     assert "3 runs, 1 finished before" in said.replace("\n", " ")
     assert "failed" in said and "learning rate is too high" in said.replace("\n", " ")
     assert first.stat().st_mtime_ns == before
-    assert [store.load(job.spec.id).status for job in jobs] == ["finished", "failed", "finished"]
+    assert [store.load(job.spec.id).status for job in jobs] == ["finished", "diverged", "finished"]
     assert (store.work(jobs[2].spec.id) / "log.txt").read_text().strip().endswith("model")
 
 
@@ -104,10 +104,13 @@ def test_the_best_try_has_the_best_mean_score_and_edges_are_marked(tmp_path):
         made = record.model_copy(update={"id": spec.id, "spec": spec, "evaluations": evaluations, "status": "finished"})
         store.save(made)
         specs.append(spec)
+    diverged = specs[0].model_copy(update={"lr": 1.0})
+    store.save(record.model_copy(update={"id": diverged.id, "spec": diverged, "status": "diverged", "evaluations": []}))
+    specs.append(diverged)
     table = search_table(specs, store)
     # 1e-3 and 2e-3 and 3e-3 all have a mean of 55: the lowest rate wins, and it is an edge of the grid.
-    assert table.score.tolist() == [55, 55, 55]
-    assert table.best.tolist() == [True, False, False] and table.edge.tolist() == [True, False, False]
+    assert table.score.tolist()[:3] == [55, 55, 55] and pd.isna(table.score[3])
+    assert table.best.tolist() == [True, False, False, False] and table.edge.tolist() == [True, False, False, False]
 
 
 RESULTS = sorted((ROOT / "results" / "search").glob("*-mini.csv"))

@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class Diverged(UserError):
+    """The loss is not finite: what these settings lead to, and would again."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean a or b?' for the known words near `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .data.task import build_task
-from .errors import UserError
+from .errors import Diverged, UserError
 from .evaluation import evaluate, prompt_room
 from .methods import apply_method, count_parameters, load_base, load_tokenizer, on_meta_device
 from .results.environment import describe_environment, peak_memory_mb
@@ -152,7 +152,8 @@ def _run(spec: RunSpec, store: Store, work: Path) -> Record:
             }
         )
     except Exception as error:
-        store.save(record.model_copy(update={"error": f"{type(error).__name__}: {error}"}))
+        status = "diverged" if isinstance(error, Diverged) else "failed"
+        store.save(record.model_copy(update={"status": status, "error": f"{type(error).__name__}: {error}"}))
         raise
     store.save(record)
     return record

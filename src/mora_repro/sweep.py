@@ -55,10 +55,17 @@ def main(config: DictConfig) -> int:
         overrides = [cell.overrides(seed) for cell in cells for seed in range(config.seeds)]
     jobs = list({job.spec.id: job for job in map(Job.of, overrides)}.values())
     status = run_jobs(jobs, store, config.workers)
-    if config.search and status == 0:
+    if config.search and all(_is_tried(store, job) for job in jobs):
         name = f"{'-'.join(str(name) for name in names)}-{config.scale}"
         write_search([job.spec for job in jobs], store, store.out / "search" / f"{name}.csv")
+        return 0
     return status
+
+
+def _is_tried(store: Store, job: Job) -> bool:
+    """Whether a try has a result; that it diverged is one."""
+    record = store.load(job.spec.id)
+    return record is not None and record.status in ("finished", "diverged")
 
 
 def run_jobs(jobs: list[Job], store: Store, workers: int | None = None) -> int:

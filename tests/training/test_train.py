@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_record_that_says_so(comma
     done = command("train.py", "method=fft", *TINY, "lr=1e30", f"out={tmp_path}", check=False)
     assert done.returncode == 2 and "learning rate is too high" in done.stderr and "Traceback" not in done.stderr
     record = only_record(tmp_path)
-    assert record.status == "failed" and "learning rate is too high" in record.error
+    assert record.status == "diverged" and "learning rate is too high" in record.error
 
 
 @pytest.mark.slow

@@ -71,11 +71,11 @@ class Cost(Part):
 
 
 class Record(Part):
-    """A run's outcome. A finished run has every field; a failed one its `error`."""
+    """A run's outcome. A finished run has every field; a failed one its `error`; a diverged one failed by its loss."""
 
     schema_version: Literal[1] = 1
     id: str
-    status: Literal["finished", "failed", "interrupted"]
+    status: Literal["finished", "failed", "diverged", "interrupted"]
     error: str | None = None
     spec: RunSpec
     command: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -27,17 +28,17 @@ def tries(cell: Cell) -> list[list[str]]:
 def search_table(specs: list[RunSpec], store: Store) -> pd.DataFrame:
     """A row per try: its cell, rate and other settings, score, and whether it is its cell's best.
 
-    The score is the task's metric, averaged over the run's evaluations, so that learning earlier counts.
-    Of equal scores the lower rate is taken. `edge` marks a best rate at an end of the grid.
+    The score is the task's metric, averaged over the run's evaluations, so that learning earlier counts; a try
+    that diverged has none. Of equal scores the lower rate is taken. `edge` marks a best rate at an end of the grid.
     """
     rows = []
     for spec in specs:
-        record = store.finished(spec.id)
-        assert record is not None  # the sweep ended without a failure
+        record = store.load(spec.id)
+        assert record is not None  # all tries have been made
         values = [evaluation.metrics[spec.task["metric"]] for evaluation in record.evaluations]
         alpha = (spec.method.peft or {}).get("lora_alpha")
         steps = {f"step_{e.step}": v for e, v in zip(record.evaluations, values, strict=True)}
-        score = sum(values) / len(values)
+        score = sum(values) / len(values) if record.status == "finished" else math.nan
         rows.append(
             {
                 "task": spec.task["name"],

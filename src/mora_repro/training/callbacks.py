@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import UserError
+from ..errors import Diverged
 
 SEAL = "complete"
 
@@ -95,7 +95,7 @@ class MetricsFile(TrainerCallback):
         with self.path.open("a") as file:
             file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
+            raise Diverged(
                 f"the loss is {logs['loss']} at step {state.global_step}: the learning rate is too high "
                 f"for this method. Try a lower one: lr={args.learning_rate / 3:.1g}"
             )

@@ -41,7 +41,7 @@ def train(
     """Train `model` in place and save it to `work/model` when finished.
 
     Goes on from the last whole checkpoint in `work/checkpoints`. SIGINT or SIGTERM finish the step,
-    save a checkpoint, and return with `finished` false. Raises UserError where the loss is not finite.
+    save a checkpoint, and return with `finished` false. Raises Diverged where the loss is not finite.
     """
     recipe = spec.training
     cuda = torch.cuda.is_available()
