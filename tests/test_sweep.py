@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -56,7 +55,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130 and "the same command goes on where it was" in said
+    assert process.returncode == 130, said
     assert not alive(f"out={tmp_path}")
     statuses = [record.status for record in Store(tmp_path).load_all()[0]]
     assert "interrupted" in statuses
@@ -113,13 +112,12 @@ def test_the_best_try_has_the_best_mean_score_and_edges_are_marked(tmp_path):
     assert table.best.tolist() == [True, False, False, False] and table.edge.tolist() == [True, False, False, False]
 
 
-RESULTS = sorted((ROOT / "results" / "search").glob("*-mini.csv"))
-
-
-@pytest.mark.skipif(not RESULTS, reason="no search has been run in results/")
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
-def test_the_mini_recipes_are_the_best_of_the_search_that_is_recorded(path: Path):
-    table = pd.read_csv(path)
+@pytest.mark.parametrize(("names", "rows"), [(("2", "figure2"), 9), (("gsm8k",), 5)])
+def test_the_mini_recipes_are_the_best_of_the_search_that_is_recorded(names, rows):
+    table = pd.read_csv(ROOT / "results" / "search" / f"{'-'.join(names)}-mini.csv")
+    cells = {cell for name in names for cell in load_table(name).cells("mini")}
+    tried = {Job.of([*cell.overrides(100), *extra]).spec.id for cell in cells for extra in tries(cell)}
+    assert set(table.record) == tried and len(cells) == rows
     for (task, method, r), tried in table.groupby(["task", "method", "r"], dropna=False):
         [best] = tried[tried.best].to_dict("records")
         assert best["score"] == tried.score.max()
@@ -127,3 +125,21 @@ def test_the_mini_recipes_are_the_best_of_the_search_that_is_recorded(path: Path
         assert spec.lr == best["lr"], f"{method} r={r}"
         if method == "lora":
             assert spec.method.peft["lora_alpha"] == best["alpha"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["out=/dev/null/x"], "out=/dev/null/x can't be written"),
+        (["out=/proc/x"], "out=/proc/x can't be written"),
+        (["seeds=three"], "seeds='three'"),
+        (["seeds=0"], "seeds=0: "),
+        (["seeds=101"], "seeds=101: "),
+        (["search=true", "search_seed=1"], "search_seed=1: "),
+        (["workers=-1"], "workers=-1: "),
+        (["scale=huge"], "scale=huge is not known"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_error(command, arguments, said):
+    done = command("scripts/sweep.py", "table=2", "scale=mini", *arguments, check=False, timeout=60)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -84,8 +84,9 @@ class MoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         stored_transposed = isinstance(base, Conv1D)
         if stored_transposed != mora_config.fan_in_fan_out:
-            kind = "a Conv1D" if stored_transposed else "no Conv1D"
-            warnings.warn(f"{current_key} is {kind}; taking fan_in_fan_out={stored_transposed} for it.", stacklevel=2)
+            # The same words for every layer, so that Python shows them once.
+            kind = "Conv1D" if stored_transposed else "Linear"
+            warnings.warn(f"Taking fan_in_fan_out={stored_transposed}, as layers of type {kind} need.", stacklevel=2)
         layer = Linear(
             target,
             adapter_name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shlex
@@ -10,8 +9,6 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import cast
 
 import torch
 from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
@@ -29,10 +27,8 @@ from .evaluation import evaluate, prompt_room
 from .methods import apply_method, count_parameters, load_base, load_tokenizer, on_meta_device
 from .results.environment import describe_environment, peak_memory_mb
 from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store, write_atomically
-from .spec import RunSpec
+from .spec import INTERRUPTED, RunSpec
 from .training import Outcome, train
-
-INTERRUPTED = 130  # the exit status of a run that was stopped and can go on
 
 
 def main(config: DictConfig) -> int:
@@ -42,31 +38,35 @@ def main(config: DictConfig) -> int:
     for notice in spec.notices():
         say(notice)
     store = Store(config.out)
-    with explained(store):
-        if config.rerun:
-            shutil.rmtree(store.work(spec.id), ignore_errors=True)
-            store.record_path(spec.id).unlink(missing_ok=True)
-        elif record := store.finished(spec.id):
+    with store.explained():
+        if not config.rerun and (record := store.finished(spec.id)):
             path = store.record_path(spec.id)
             say(f"this run finished on {record.started[:10]}: {shown(record)}\nrecord: {path}")
             say("run it again: the same command with rerun=true, or out=<folder>")
             return 0
-    record = run(spec, store)
+    overrides = [text for text in HydraConfig.get().overrides.task if not text.startswith(("out=", "rerun="))]
+    record = run(spec, store, overrides, anew=config.rerun)
     if record.status == "interrupted":
-        say("interrupted; the same command goes on where it was.")
         return INTERRUPTED
     say(f"finished: {shown(record)}\nrecord:  {store.record_path(spec.id)}\nweights: {store.work(spec.id) / 'model'}")
     return 0
 
 
-def run(spec: RunSpec, store: Store, need_weights: bool = False) -> Record:
+def run(spec: RunSpec, store: Store, overrides: list[str], need_weights: bool = False, anew: bool = False) -> Record:
     """Run a spec, its base first, and write its record; one that finished is not run again.
 
     Args:
-        need_weights: the run's weights are wanted too, so that a record alone does not do.
+        overrides: what the spec was composed from, for the record; names no local folder of output.
+        need_weights: the run's weights are wanted too, so that a record alone does not do. The record stays.
+        anew: forget an earlier run of the same spec.
 
     Raises UserError: what the run needs is not there, or the output folder can't be written.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "a run takes one process so far, and WORLD_SIZE says that there are more. Start it without a launcher: "
+            f"python train.py {shlex.join(overrides)}"
+        )
     if spec.scale == "paper" and not torch.cuda.is_available():
         raise UserError(_what_paper_scale_needs(spec))
     if not torch.cuda.is_available():
@@ -74,9 +74,8 @@ def run(spec: RunSpec, store: Store, need_weights: bool = False) -> Record:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     work = store.work(spec.id)
-    with explained(store):
+    with store.explained():
         work.mkdir(parents=True, exist_ok=True)
-        write_atomically(work / "spec.json", spec.model_dump_json(indent=1) + "\n")
         lock = FileLock(work.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0)
@@ -84,19 +83,26 @@ def run(spec: RunSpec, store: Store, need_weights: bool = False) -> Record:
             say(f"another process runs {spec.id}; waiting for it to end ...")
             lock.acquire()
         with lock:
+            if anew:
+                shutil.rmtree(work, ignore_errors=True)
+                store.record_path(spec.id).unlink(missing_ok=True)
             record = store.finished(spec.id)
             if record and (not need_weights or (work / "model").exists()):
                 return record
-            return _run(spec, store, work)
+            write_atomically(work / "spec.json", spec.model_dump_json(indent=1) + "\n")
+            made = _run(spec, store, work, overrides, save=record is None)
+            if made.status == "finished":
+                shutil.rmtree(work / "checkpoints", ignore_errors=True)  # only now: the record is safe
+            return made
 
 
-def _run(spec: RunSpec, store: Store, work: Path) -> Record:
+def _run(spec: RunSpec, store: Store, work: Path, overrides: list[str], save: bool) -> Record:
     started = time.monotonic()
     record = Record(
         id=spec.id,
         status="failed",
         spec=spec,
-        command=_command(),
+        command=shlex.join(["python", "train.py", *overrides]),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=describe_environment(),
     )
@@ -109,7 +115,7 @@ def _run(spec: RunSpec, store: Store, work: Path) -> Record:
         base_weights = None
         if spec.model.base:
             base = spec.base_spec()
-            if run(base, store, need_weights=True).status == "interrupted":
+            if run(base, store, _base_overrides(spec, overrides), need_weights=True).status == "interrupted":
                 return record.model_copy(update={"status": "interrupted"})
             base_weights = store.work(base.id) / "model"
         say(f"{spec.id}\n{task.title}: {len(data.examples)} samples, {data.tokens} tokens; working folder: {work}")
@@ -120,7 +126,7 @@ def _run(spec: RunSpec, store: Store, work: Path) -> Record:
         prompt_room(cast(PreTrainedModel, model), tokenizer, task)  # before hours of training, not after
         trainable, total = count_parameters(model)
         say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")
-        _refuse_full_disk(store, 4 * (7 * trainable))  # two checkpoints of weights and moments, one artefact
+        _refuse_full_disk(store, work, trainable)
         outcome = train(
             spec,
             model,
@@ -153,9 +159,12 @@ def _run(spec: RunSpec, store: Store, work: Path) -> Record:
         )
     except Exception as error:
         status = "diverged" if isinstance(error, Diverged) else "failed"
-        store.save(record.model_copy(update={"status": status, "error": f"{type(error).__name__}: {error}"}))
+        record = record.model_copy(update={"status": status, "error": f"{type(error).__name__}: {error}"})
+        if save:
+            store.save(record)
         raise
-    store.save(record)
+    if save:
+        store.save(record)
     return record
 
 
@@ -188,10 +197,10 @@ def _weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _command() -> str:
-    """The command line, without what does not belong to the run's identity (and names local folders)."""
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("out=", "rerun="))]
-    return shlex.join(["python", "train.py", *arguments])
+def _base_overrides(spec: RunSpec, overrides: list[str]) -> list[str]:
+    """What composes the base of a run that these overrides compose."""
+    model = [text for text in overrides if text.startswith(("model=", "model.")) and "model.base=" not in text]
+    return ["method=fft", f"task={spec.model.base}", f"scale={spec.scale}", *model]
 
 
 def _what_paper_scale_needs(spec: RunSpec) -> str:
@@ -208,37 +217,15 @@ def _what_paper_scale_needs(spec: RunSpec) -> str:
     )
 
 
-def _refuse_full_disk(store: Store, need_bytes: int) -> None:
-    free = shutil.disk_usage(store.out).free
-    if free < need_bytes:
+def _refuse_full_disk(store: Store, work: Path, trainable: int) -> None:
+    """Three checkpoints of fp32 weights and two moments (the oldest goes when the next is there), and the weights."""
+    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    need, free = 4 * (3 * 3 + 1) * trainable - there, shutil.disk_usage(store.out).free
+    if free < need:
         raise UserError(
             f"out={store.out} has {free / 1e6:.1f} MB free, and this run's checkpoints and weights take "
-            f"{need_bytes / 1e6:.1f} MB. Make room, or choose another folder: out=<folder>"
+            f"{need / 1e6:.1f} MB. Make room, or choose another folder: out=<folder>"
         )
-
-
-@contextmanager
-def explained(store: Store) -> Iterator[None]:
-    """Turn an output folder that can't be written into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        # safetensors and torch have exceptions of their own for a full disk.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if full:
-            raise UserError(
-                f"the disk of out={store.out} is full. Make room and start again: the run goes on from its "
-                f"last whole checkpoint. Or choose another folder: out=<folder>"
-            ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or (
-            getattr(error, "errno", None) == errno.EROFS
-        ):
-            raise UserError(
-                f"out={store.out} can't be written ({error}). Choose a folder that can: out=<folder>"
-            ) from error
-        raise
 
 
 def shown(record: Record) -> str:

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, PositiveInt, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .errors import UserError
 from .results.records import Store
 from .results.search import tries, write_search
-from .spec import RunSpec, compose_config
-from .spec.compose import ROOT, options
-from .spec.table import load_table
+from .spec import INTERRUPTED, RunSpec, compose_config
+from .spec.compose import ROOT
+from .spec.run_spec import Strict, describe
+from .spec.table import FIRST_SEARCH_SEED, load_table
 
 POLL_SECONDS = 0.5
 
@@ -43,23 +45,45 @@ class Job:
 
 def main(config: DictConfig) -> int:
     """`python scripts/sweep.py`; the exit status: 0, 1 where a run failed, 130 when interrupted."""
-    if config.scale not in (scales := options("scale")):
-        raise UserError(f"scale={config.scale} is not known; choices: {', '.join(scales)}")
-    names = OmegaConf.to_container(config.table) if OmegaConf.is_list(config.table) else [config.table]
-    assert isinstance(names, list)
-    cells = list(dict.fromkeys(cell for name in names for cell in load_table(str(name)).cells(config.scale)))
-    store = Store(config.out)
-    if config.search:
-        overrides = [[*cell.overrides(config.search_seed), *extra] for cell in cells for extra in tries(cell)]
+    sweep = Sweep.from_config(config)
+    cells = list(dict.fromkeys(cell for name in sweep.tables for cell in load_table(name).cells(sweep.scale)))
+    store = Store(sweep.out)
+    if sweep.search:
+        overrides = [[*cell.overrides(sweep.search_seed), *extra] for cell in cells for extra in tries(cell)]
     else:
-        overrides = [cell.overrides(seed) for cell in cells for seed in range(config.seeds)]
+        overrides = [cell.overrides(seed) for cell in cells for seed in range(sweep.seeds)]
     jobs = list({job.spec.id: job for job in map(Job.of, overrides)}.values())
-    status = run_jobs(jobs, store, config.workers)
-    if config.search and all(_is_tried(store, job) for job in jobs):
-        name = f"{'-'.join(str(name) for name in names)}-{config.scale}"
-        write_search([job.spec for job in jobs], store, store.out / "search" / f"{name}.csv")
-        return 0
+    with store.explained():
+        status = run_jobs(jobs, store, sweep.workers)
+        if sweep.search and all(_is_tried(store, job) for job in jobs):
+            name = f"{'-'.join(sweep.tables)}-{sweep.scale}"
+            write_search([job.spec for job in jobs], store, store.out / "search" / f"{name}.csv")
+            return 0
     return status
+
+
+class Sweep(Strict):
+    """conf/scripts/sweep.yaml, validated. The seeds of tables and those of searches are kept apart."""
+
+    table: str | int | tuple[str | int, ...]
+    scale: str
+    seeds: int = Field(ge=1, le=FIRST_SEARCH_SEED)
+    search: bool
+    search_seed: int = Field(ge=FIRST_SEARCH_SEED)
+    workers: PositiveInt | None
+    out: str
+
+    @classmethod
+    def from_config(cls, config: DictConfig) -> Sweep:
+        """Raises UserError: a missing value, or one of the wrong kind."""
+        try:
+            return cls.model_validate(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        except ValidationError as error:
+            raise UserError(describe(error, "scripts/sweep.py")) from error
+
+    @property
+    def tables(self) -> list[str]:
+        return [str(name) for name in (self.table if isinstance(self.table, tuple) else (self.table,))]
 
 
 def _is_tried(store: Store, job: Job) -> bool:
@@ -89,9 +113,9 @@ def run_jobs(jobs: list[Job], store: Store, workers: int | None = None) -> int:
         try:
             pool.work(waiting, workers or _default_workers())
         except KeyboardInterrupt:
+            return INTERRUPTED
+        finally:
             pool.stop()
-            console.print("interrupted; the same command goes on where it was.")
-            return 130
     return 1 if pool.failed else 0
 
 
@@ -148,7 +172,7 @@ class Pool:
             self._look(len(jobs))
 
     def stop(self) -> None:
-        """Ask every run to save and end, and wait for it."""
+        """Ask every run that still runs to save and end, and wait for it."""
         for running in self.running.values():
             running.process.send_signal(signal.SIGTERM)
         for running in self.running.values():

@@ -7,6 +7,7 @@ from decimal import Decimal
 import pandas as pd
 import pytest
 from tiny import ROOT, TINY
+from transformers import ByT5Tokenizer
 
 from mora_repro.data.files import read_hub
 from mora_repro.data.gsm8k import CHANGE, LARGEST, Gsm8k, final_number, generate
@@ -118,6 +119,29 @@ def test_a_malformed_line_is_named_with_what_was_expected(tmp_path, line, said):
         task(f"task.data={tmp_path}").pairs_to_train()
 
 
+def test_a_file_of_another_encoding_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes('{"question": "Café?", "answer": "3"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"train.jsonl can't be read as UTF-8"):
+        task(f"task.data={tmp_path}").pairs_to_train()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("task.steps=[3,2]", "task.steps=.*smallest number"), ("task.prompt=what", "task.prompt='what'.*{question}")],
+)
+def test_a_value_that_makes_no_sense_is_named(override, said):
+    with pytest.raises(UserError, match=said):
+        task(override)
+
+
+def test_answers_to_a_users_questions_may_be_as_long_as_nine_of_ten_gold_answers(tmp_path):
+    write(tmp_path, "test", [{**ROW, "answer": "1" * length} for length in range(1, 101)])
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    assert task(f"task.data={tmp_path}").longest_answer(tokenizer) == 90 + 1
+    assert task(f"task.data={tmp_path}", "task.max_new_tokens=500").longest_answer(tokenizer) == 500
+    assert task().longest_answer(tokenizer) == 48
+
+
 def test_missing_empty_and_broken_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere is no folder.*task.data=generated"):
         task(f"task.data={tmp_path / 'nowhere'}").pairs_to_train()
@@ -143,7 +167,9 @@ def test_a_run_on_a_malformed_file_ends_with_one_error(command, tmp_path):
 
 
 def test_the_hub_out_of_reach_says_how_to_get_the_data_beforehand():
-    with pytest.raises(UserError, match=r"meta-math/MetaMathQA can't be had.*hf download.*task.data=<folder>"):
+    with pytest.raises(
+        UserError, match=r"meta-math/MetaMathQA can't be had.*keeps it in the cache.*task.data=<folder>"
+    ):
         read_hub("meta-math/MetaMathQA", None, "train", ["query"], None)
 
 

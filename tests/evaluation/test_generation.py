@@ -1,8 +1,18 @@
 """Batched greedy generation equals generation one by one, token by token."""
 
+import copy
+
 import pytest
 import torch
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    ByT5Tokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from mora_repro.data.task import Task, prompt_tokens
 from mora_repro.errors import UserError
@@ -52,6 +62,23 @@ def test_answers_in_batches_equal_answers_one_by_one_in_their_order(model, token
     assert len(set(expected)) > 1
     assert answer(model, tokenizer, prompts, 8) == expected
     assert model.training
+
+
+def test_answers_are_greedy_whatever_the_model_ships(model, tokenizer):
+    prompts = [prompt_tokens(tokenizer, "one:")]
+    expected = answer(model, tokenizer, prompts, 12)
+    shipped = GenerationConfig(repetition_penalty=5.0, min_new_tokens=12, no_repeat_ngram_size=1)
+    model.generation_config, own = shipped, model.generation_config
+    assert answer(model, tokenizer, prompts, 12) == expected and model.generation_config is shipped
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert answer(adapted, tokenizer, prompts, 12) == expected
+    model.generation_config = own
+
+
+def test_a_model_without_a_limit_of_positions_is_asked_too(tokenizer):
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
+    task = Echo(name="echo", title="echo", metric="answers", seed=0, length=200)
+    assert evaluate(BloomForCausalLM(config), tokenizer, task) == {"answers": 2}
 
 
 class Echo(Task):

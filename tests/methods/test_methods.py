@@ -5,7 +5,14 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from mora_repro.errors import UserError
-from mora_repro.methods import apply_method, count_parameters, load_base, load_tokenizer, on_meta_device
+from mora_repro.methods import (
+    apply_method,
+    computes_in_bf16,
+    count_parameters,
+    load_base,
+    load_tokenizer,
+    on_meta_device,
+)
 from mora_repro.spec import RunSpec, compose_config
 
 
@@ -96,6 +103,40 @@ def test_peft_arguments_that_do_not_exist_are_a_user_error():
     run = spec("method=lora", "r=4", "+method.peft.alpha=3")
     with pytest.raises(UserError, match="method=lora"):
         apply_method(load_base(run, load_tokenizer(run), None), run)
+
+
+def test_a_damaged_model_is_named(llama_folder):
+    [weights] = llama_folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    run = spec("model=hf", f"model.pretrained={llama_folder}", "method=lora", "r=2")
+    with pytest.raises(UserError, match=f"{llama_folder} can't be loaded"):
+        load_base(run, load_tokenizer(run), None)
+
+
+def test_modules_that_can_not_be_adapted_are_a_user_error():
+    run = spec("method=mora", "r=4", "method.peft.target_modules=[embed_tokens]")
+    with pytest.raises(UserError, match=r"can't adapt model\.embed_tokens, of type Embedding"):
+        apply_method(load_base(run, load_tokenizer(run), None), run)
+
+
+def test_lists_and_dictionaries_reach_peft_as_such_and_can_be_saved(tmp_path):
+    run = spec(
+        "method=mora",
+        "r=4",
+        "method.peft.target_modules=[q_proj,v_proj]",
+        "+method.peft.rank_pattern={v_proj: 2}",
+        "+method.peft.modules_to_save=[lm_head]",
+    )
+    model = apply_method(load_base(run, load_tokenizer(run), None), run)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert model.peft_config["default"].rank_pattern == {"v_proj": 2}
+
+
+def test_mini_is_computed_in_fp32_also_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    assert not computes_in_bf16(spec("method=lora")) and computes_in_bf16(spec("method=lora", "scale=paper"))
 
 
 def test_unknown_target_modules_are_a_user_error():

@@ -544,9 +544,9 @@ def test_linear_and_conv1d_of_the_same_weights_compute_the_same():
 
 
 def test_conv1d_is_recognised_and_said():
-    with pytest.warns(UserWarning, match="Conv1D; taking fan_in_fan_out=True"):
+    with pytest.warns(UserWarning, match="fan_in_fan_out=True, as layers of type Conv1D need"):
         get_peft_model(GPT2.model(), MoraConfig(r=2, target_modules=["c_fc"]))
-    with pytest.warns(UserWarning, match="no Conv1D; taking fan_in_fan_out=False"):
+    with pytest.warns(UserWarning, match="fan_in_fan_out=False, as layers of type Linear need"):
         get_peft_model(MLP_KIND.model(), MoraConfig(r=2, fan_in_fan_out=True, target_modules=["first"]))
 
 

@@ -168,7 +168,7 @@ def test_an_operator_of_ones_own_gets_its_dense_form_for_free():
 
 
 def test_an_unknown_operator_is_named_with_those_known():
-    with pytest.raises(ValueError, match=r"'rotate'. Did you mean 'rotation'.*decoupling, rotation, sharing"):
+    with pytest.raises(ValueError, match=r"'rotate'. Did you mean 'rotation'.*decoupling,.*rotation, sharing"):
         get_operator("rotate")
 
 

@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from mora_repro.errors import UserError
+from mora_repro.run import _base_overrides
 from mora_repro.spec import CONF, RunSpec, compose_config
 from mora_repro.spec.compose import find_row, options, resolve_scale
+from mora_repro.spec.run_spec import _folder_sha256
 
 SHARED_RECIPES = CONF.parents[1] / "shared" / "paper" / "recipes.yaml"
 
@@ -80,7 +82,7 @@ def test_the_identity_covers_the_result_and_nothing_else():
             "lr=0.1",
             "r=8",
             "task.pairs=3",
-            "training.steps=5",
+            "training.steps=500",
             "method.peft.lora_alpha=3",
         )
     }
@@ -95,6 +97,27 @@ def test_the_identity_covers_the_base_that_the_model_starts_from():
     wider = spec("method=mora", "r=4", "model.architecture.hidden_size=64")
     assert wider.base_spec().model.architecture["hidden_size"] == 64
     assert wider.model.base_id != run.model.base_id
+
+
+def test_the_identity_covers_the_content_of_local_folders(tmp_path):
+    def made() -> RunSpec:
+        _folder_sha256.cache_clear()
+        return spec("task=gsm8k", "method=lora", f"task.data={tmp_path}")
+
+    (tmp_path / "train.jsonl").write_text("a")
+    first = made()
+    assert made() == first and RunSpec.model_validate_json(first.model_dump_json()).id == first.id
+    (tmp_path / "train.jsonl").write_text("b")
+    second = made()
+    (tmp_path / "train.jsonl").rename(tmp_path / "test.jsonl")
+    assert len({first.id, second.id, made().id}) == 3
+    assert spec("task=gsm8k", "method=lora").content == {}
+
+
+def test_the_command_of_a_base_composes_the_base():
+    overrides = ["method=mora", "task=gsm8k", "scale=mini", "r=4", "model.architecture.hidden_size=64", "lr=1"]
+    run = RunSpec.from_config(compose_config(overrides))
+    assert RunSpec.from_config(compose_config(_base_overrides(run, overrides))).id == run.model.base_id
 
 
 def test_a_spec_survives_json():
@@ -130,6 +153,8 @@ def test_scale_auto_is_paper_in_a_slurm_job_and_mini_without_a_gpu(monkeypatch):
         ("lr=-1", ["lr=-1", "greater than 0"]),
         ("training.schedule=cosin", ["training.schedule='cosin'", "'cosine'"]),
         ("training.epochs=3", ["one of training.steps and training.epochs"]),
+        ("training.steps=50", ["training.steps=50 is less than training.warmup_steps=10", "decay_steps=90"]),
+        ("+learning_rate=3", ["learning_rate=3: extra inputs are not permitted"]),
         ("training.micro_batch_size=5", ["training.batch_size=16", "micro_batch_size=5"]),
         ("model=hf", ["model.pretrained", "must be given"]),
         ("no equals sign", ["'no equals sign' is no override", "key=value"]),

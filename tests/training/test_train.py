@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tiny import ROOT, TINY
 
 from mora_repro.data.task import IGNORED, Example
 from mora_repro.results.records import Record, Store
+from mora_repro.run import run
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.training.callbacks import SEAL, last_checkpoint
 from mora_repro.training.train import Collator
@@ -111,6 +113,45 @@ def last_sealed(checkpoints: Path) -> int:
 
 
 @pytest.mark.slow
+def test_a_run_stopped_while_it_saves_its_weights_does_not_train_a_step_too_many(command, tmp_path, monkeypatch):
+    # 12 samples in batches of 4: the last step is in the middle of an epoch.
+    arguments = ["method=lora", *TINY, "training.steps=11", "training.evaluate_at=[6]", "training.save_every=11"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command("train.py", *arguments, f"out={whole}")
+    spec, store = RunSpec.from_config(compose_config(arguments)), Store(cut)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.Trainer.save_model", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, store, arguments)
+    assert store.load(spec.id) is None and not (store.work(spec.id) / "model").exists()
+    command("train.py", *arguments, f"out={cut}")
+    assert_same_run(whole, cut)
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_a_multirun(tmp_path):
+    arguments = [sys.executable, "train.py", "-m", "method=lora,mora", *TINY, "training.steps=400", f"out={tmp_path}"]
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("work/*/checkpoints/*/complete")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130 and said.count("the same command goes on where it was") == 1
+    assert only_record(tmp_path).status == "interrupted"
+
+
+def test_a_launcher_of_several_processes_is_refused(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = command("train.py", "method=lora", *TINY, f"out={tmp_path}", check=False)
+    assert done.returncode == 2 and "takes one process so far" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_run_trains_its_base_first_and_records_it(command, tmp_path):
     tiny = [override for override in TINY if override != "model.base=null"]
     command("train.py", "method=mora", *tiny, f"out={tmp_path}")
@@ -120,6 +161,14 @@ def test_a_run_trains_its_base_first_and_records_it(command, tmp_path):
     # A second run finds the base and does not train it again.
     done = command("train.py", "method=lora", *tiny, f"out={tmp_path}")
     assert "uuid_base" not in done.stderr
+    assert records["uuid_base"].command.startswith("python train.py method=fft task=uuid_base scale=mini")
+    # Where its record is there and its weights are not, they are made again, and the record stays.
+    store, base = Store(tmp_path), records["uuid_base"].id
+    shutil.rmtree(store.work(base))
+    before = store.record_path(base).stat().st_mtime_ns
+    command("train.py", "method=fft", *tiny, f"out={tmp_path}")
+    assert (store.work(base) / "model").exists() and store.record_path(base).stat().st_mtime_ns == before
+    assert len({record.data.base_sha256 for record in store.load_all()[0] if record.id != base}) == 1
 
 
 @pytest.mark.slow

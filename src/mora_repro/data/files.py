@@ -29,7 +29,10 @@ def read_folder(folder: str, split: str, columns: list[str], limit: int | None =
     if not found:
         there = ", ".join(sorted(path.name for path in root.iterdir())) or "nothing"
         raise UserError(f"{root} has no {split}.jsonl or {split}.parquet; it holds {there}.")
-    rows = _jsonl(found[0], limit) if found[0].suffix == ".jsonl" else _parquet(found[0], limit)
+    try:
+        rows = _jsonl(found[0], limit) if found[0].suffix == ".jsonl" else _parquet(found[0], limit)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{found[0]} can't be read as UTF-8 text or parquet ({error}).") from error
     for where, row in rows:
         for column in columns:
             if column not in row:
@@ -45,7 +48,7 @@ def read_folder(folder: str, split: str, columns: list[str], limit: int | None =
 
 def _jsonl(path: Path, limit: int | None) -> list[tuple[str, dict[str, Any]]]:
     rows: list[tuple[str, dict[str, Any]]] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if limit is not None and len(rows) >= limit:
                 break
@@ -81,7 +84,8 @@ def read_hub(path: str, name: str | None, split: str, columns: list[str], limit:
     except Exception as error:  # the hub's client raises some twenty kinds
         raise UserError(
             f"the data set {path} can't be had ({type(error).__name__}: {str(error).splitlines()[0][:200]}). On a "
-            f"machine with internet: hf download --repo-type dataset {path}; a local copy: task.data=<folder>"
+            f"machine with internet, this command keeps it in the cache of `datasets`. Or make a folder with "
+            f"train.jsonl and test.jsonl, 'question' and 'answer' in each line: task.data=<folder>"
         ) from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:

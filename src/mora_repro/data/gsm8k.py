@@ -21,7 +21,7 @@ import random
 import re
 from decimal import Decimal, InvalidOperation
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
@@ -41,7 +41,8 @@ class Gsm8k(Task):
     """`data` is generated, hub or a folder; the limits are numbers of problems (None: all there are).
 
     `steps` bounds the steps of a generated problem, and `prompt` holds `{question}`. `hub` names, for train and
-    test, the data set (path, name) and its columns for question and answer.
+    test, the data set (path, name) and its columns for question and answer. An answer may take `max_new_tokens`,
+    and in a user's files more, where nine of ten gold answers need more.
     """
 
     data: str
@@ -52,11 +53,25 @@ class Gsm8k(Task):
     test_limit: PositiveInt | None
     max_new_tokens: PositiveInt
 
+    @field_validator("steps")
+    @classmethod
+    def _check_steps(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if steps[0] > steps[1]:
+            raise ValueError("the first number is the smallest number of steps, and the second the largest")
+        return steps
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if "{question}" not in prompt:
+            raise ValueError("the prompt needs {question}, where the question is put")
+        return prompt
+
     def pairs_to_train(self) -> list[tuple[str, str]]:
-        return [(self.prompt.format(question=question), answer) for question, answer in self._rows("train")]
+        return [(self.prompt.replace("{question}", question), answer) for question, answer in self._rows("train")]
 
     def questions(self) -> list[tuple[str, str]]:
-        return [(self.prompt.format(question=question), answer) for question, answer in self._rows("test")]
+        return [(self.prompt.replace("{question}", question), answer) for question, answer in self._rows("test")]
 
     def _rows(self, split: str) -> list[tuple[str, str]]:
         limit = self.train_limit if split == "train" else self.test_limit
@@ -75,11 +90,14 @@ class Gsm8k(Task):
         return [(row["question"], row["answer"]) for row in rows]
 
     def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        return self.max_new_tokens
+        if self.data in ("generated", "hub"):
+            return self.max_new_tokens
+        lengths = sorted(len(tokenizer(gold, add_special_tokens=False).input_ids) + 1 for _, gold in self.asked)
+        return max(self.max_new_tokens, lengths[9 * (len(lengths) - 1) // 10])
 
     def score(self, answers: list[str]) -> dict[str, float]:
         """exact_match: answers whose final number is the gold one, in per cent."""
-        golds = [final_number(gold) for _, gold in self.questions()]
+        golds = [final_number(gold) for _, gold in self.asked]
         right = sum(gold is not None and final_number(a) == gold for a, gold in zip(answers, golds, strict=True))
         return {"exact_match": 100 * right / len(golds)}
 

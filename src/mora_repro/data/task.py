@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import hydra.utils
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
@@ -62,6 +63,11 @@ class Task(BaseModel):
     def questions(self) -> list[tuple[str, str]]:
         """(prompt, gold answer) texts that the trained model is asked."""
 
+    @cached_property
+    def asked(self) -> list[tuple[str, str]]:
+        """The questions, drawn or read once."""
+        return self.questions()
+
     @abstractmethod
     def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """How many tokens an answer may take."""
@@ -108,7 +114,8 @@ def build_task(spec: RunSpec) -> Task:
         if isinstance(error.__cause__, ValidationError):
             item = error.__cause__.errors()[0]
             key = ".".join(["task", *(str(part) for part in item["loc"])])
-            raise UserError(f"{key}={item['input']!r}: {item['msg'].lower()}.") from error
+            problem = item["msg"].removeprefix("Value error, ").lower()
+            raise UserError(f"{key}={item['input']!r}: {problem}.") from error
         raise
     assert isinstance(task, Task)
     return task

@@ -44,11 +44,11 @@ class Uuid(Task):
         return pairs
 
     def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        return max(len(tokenizer(value, add_special_tokens=False).input_ids) for _, value in self.questions()) + 1
+        return max(len(tokenizer(value, add_special_tokens=False).input_ids) for _, value in self.asked) + 1
 
     def score(self, answers: list[str]) -> dict[str, float]:
         """char_accuracy: right characters at their place; exact: whole values (both in per cent)."""
-        golds = [gold for _, gold in self.questions()]
+        golds = [gold for _, gold in self.asked]
         right = sum(a == g for answer, gold in zip(answers, golds, strict=True) for a, g in zip(answer, gold))
         exact = sum(answer == gold for answer, gold in zip(answers, golds, strict=True))
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.task import Task, prompt_tokens
@@ -11,9 +12,15 @@ from ..errors import UserError
 BATCH = 64
 
 
-def prompt_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
-    """How many tokens a prompt may have beside the longest answer. Raises UserError where that is none."""
-    positions, longest = model.config.max_position_embeddings, task.longest_answer(tokenizer)
+def prompt_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> int | None:
+    """How many tokens a prompt may have beside the longest answer; None for a model without a limit.
+
+    Raises UserError where that is none.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    longest = task.longest_answer(tokenizer)
     if longest >= positions:
         raise UserError(
             f"task={task.name} allows answers of {longest} tokens, and the model has {positions} positions for prompt "
@@ -24,8 +31,8 @@ def prompt_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task
 
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
     """Ask all the task's questions; its metrics (per cent), and `cut_prompts` where any had to be cut."""
-    prompts = [prompt_tokens(tokenizer, prompt) for prompt, _ in task.questions()]
-    room = prompt_room(model, tokenizer, task)
+    prompts = [prompt_tokens(tokenizer, prompt) for prompt, _ in task.asked]
+    room = prompt_room(model, tokenizer, task) or max(map(len, prompts))
     cut = sum(len(prompt) > room for prompt in prompts)
     answers = answer(model, tokenizer, [prompt[-room:] for prompt in prompts], task.longest_answer(tokenizer))
     return {**task.score(answers), **({"cut_prompts": float(cut)} if cut else {})}
@@ -35,14 +42,19 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: T
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
 ) -> list[str]:
-    """Greedy answers to prompts of token ids, at most `max_new_tokens` long, without special tokens."""
+    """Greedy answers to prompts of token ids, at most `max_new_tokens` long, without special tokens.
+
+    Greedy whatever the model's own generation config says (a repetition penalty, say), which is left as it was.
+    """
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    was_training = model.training
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    was_training, own = model.training, base.generation_config
+    base.generation_config = settings  # `generate` takes what `settings` leave open from here
     model.eval()
     answers: list[str] = []
     # By length, so that a batch has little padding; the answers go back in the order of the prompts.
@@ -57,4 +69,5 @@ def answer(
         )
         answers += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     model.train(was_training)
+    base.generation_config = own
     return [text for _, text in sorted(zip(order, answers, strict=True))]

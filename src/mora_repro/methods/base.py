@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,19 +40,22 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def computes_in_bf16(spec: RunSpec) -> bool:
+    """At scale paper, on a GPU that has it; mini is fp32 everywhere, so that its numbers can be compared."""
+    return spec.scale == "paper" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
 def load_base(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, weights: Path | None) -> PreTrainedModel:
     """The model before the method.
 
     Args:
         weights: folder of the trained base of a model made from scratch, or None.
 
-    Adapters take a bfloat16 base on a GPU that has it; full training keeps fp32 weights (the Trainer
-    computes in bfloat16). On a CPU everything is fp32.
+    Where it is computed in bfloat16, adapters take a bfloat16 base, and full training keeps fp32 weights.
 
     Raises UserError: a model that isn't there, or that is no causal language model.
     """
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    dtype = torch.bfloat16 if bf16 and spec.method.peft else torch.float32
+    dtype = torch.bfloat16 if computes_in_bf16(spec) and spec.method.peft else torch.float32
     if weights is not None:
         return AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
     config = _config(spec, tokenizer)
@@ -61,7 +65,7 @@ def load_base(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, weights: Path |
         return AutoModelForCausalLM.from_pretrained(
             spec.model.pretrained, revision=spec.model.revision, config=config, dtype=dtype
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_found("model", spec.model.pretrained, error) from error
 
 

@@ -24,14 +24,14 @@ def apply_method(model: PreTrainedModel, spec: RunSpec) -> nn.Module:
         return model.requires_grad_(True)
     torch.manual_seed(spec.seed)
     try:
-        config = hydra.utils.instantiate(spec.method.peft)
+        config = hydra.utils.instantiate(spec.method.peft, _convert_="all")
     except InstantiationException as error:
         raise UserError(f"method={spec.method.name}: {error.__cause__ or error}") from error
     if not isinstance(config, PeftConfig):
         raise UserError(f"method.peft._target_={spec.method.peft['_target_']} is no PEFT config class.")
     try:
         return get_peft_model(model, config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"method={spec.method.name}: {error}") from error
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
-import yaml
 from scipy import stats
 
-from ..spec import CONF
-from ..spec.table import Cell
+from ..spec.table import FIRST_SEARCH_SEED, Cell
 from .records import Record
 
 CONFIDENCE = 0.95
@@ -77,7 +74,7 @@ def _values(record: Record, metric: str) -> dict[int, float]:
 
 
 def collect(cells: Sequence[Cell], records: Sequence[Record]) -> list[CellResult]:
-    """The finished records of each cell: those of its recipe as it stands, with any seed but the search's.
+    """The finished records of each cell: those of its recipe as it stands, with any seed but a search's.
 
     A record of the same method and rank with other settings (a try of the rate search, an override) has
     another identity and is left out; so is one made with a recipe that has changed since.
@@ -85,8 +82,8 @@ def collect(cells: Sequence[Cell], records: Sequence[Record]) -> list[CellResult
     finished = {record.id: record for record in records if record.status == "finished"}
     results = []
     for cell in cells:
-        seeds = {record.spec.seed for record in finished.values() if _is_near(record, cell)} - {search_seed()}
-        ids = {seed: cell.spec(seed).id for seed in sorted(seeds)}
+        seeds = {record.spec.seed for record in finished.values() if _is_near(record, cell)}
+        ids = {seed: cell.spec(seed).id for seed in sorted(seeds) if seed < FIRST_SEARCH_SEED}
         results.append(CellResult(cell, {seed: finished[id_] for seed, id_ in ids.items() if id_ in finished}))
     return results
 
@@ -95,12 +92,6 @@ def _is_near(record: Record, cell: Cell) -> bool:
     """Whether it is the cell's method and rank at all: composing a cell for every other seed too would be slow."""
     spec = record.spec
     return (spec.method.name, spec.r, spec.task["name"], spec.scale) == (cell.method, cell.r, cell.task, cell.scale)
-
-
-@cache
-def search_seed() -> int:
-    """The seed on whose data rates are chosen; no table uses it."""
-    return int(yaml.safe_load((CONF / "scripts" / "sweep.yaml").read_text())["search_seed"])
 
 
 def leader(intervals: Sequence[Interval | None]) -> int | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..errors import UserError
 from ..spec import RunSpec
 
 MetricValue = float | int
@@ -105,11 +109,40 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def _lies_below(path: str | bytes, folder: Path) -> bool:
+    """Whether a path is in a folder, or is one that the folder should be in."""
+    place, root = Path(os.fsdecode(path)).absolute(), folder.absolute()
+    return place.is_relative_to(root) or root.is_relative_to(place)
+
+
 class Store:
     """The output folder of runs: `runs/` holds records, `work/` checkpoints, logs and trained weights."""
 
     def __init__(self, out: str | Path):
         self.out = Path(out)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within: where the output folder can't be written, a UserError says so."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            path = getattr(error, "filename", None)
+            if path is not None and not _lies_below(path, self.out):
+                raise
+            # safetensors and torch have exceptions of their own for a full disk.
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+                raise UserError(
+                    f"the disk of out={self.out} is full. Make room and start again: the run goes on from its "
+                    f"last whole checkpoint. Or choose another folder: out=<folder>"
+                ) from error
+            if path is None:
+                raise
+            raise UserError(
+                f"out={self.out} can't be written ({error}). Choose a folder that can: out=<folder>"
+            ) from error
 
     def record_path(self, run_id: str) -> Path:
         return self.out / "runs" / f"{run_id}.json"

@@ -29,7 +29,8 @@ def search_table(specs: list[RunSpec], store: Store) -> pd.DataFrame:
     """A row per try: its cell, rate and other settings, score, and whether it is its cell's best.
 
     The score is the task's metric, averaged over the run's evaluations, so that learning earlier counts; a try
-    that diverged has none. Of equal scores the lower rate is taken. `edge` marks a best rate at an end of the grid.
+    that diverged has none. Of equal scores the lower rate is taken. `edge` marks a best rate or
+    alpha at an end of the grid.
     """
     rows = []
     for spec in specs:
@@ -54,7 +55,8 @@ def search_table(specs: list[RunSpec], store: Store) -> pd.DataFrame:
     cell = table.groupby(["method", "r"], dropna=False)
     order = table.sort_values(["score", "lr"], ascending=[False, True])
     table["best"] = table.index.isin(order.groupby(["method", "r"], dropna=False).head(1).index)
-    table["edge"] = table["best"] & ((table.lr == cell.lr.transform("min")) | (table.lr == cell.lr.transform("max")))
+    ends = [table[key] == cell[key].transform(end) for key in ("lr", "alpha") for end in ("min", "max")]
+    table["edge"] = table["best"] & pd.concat(ends, axis=1).fillna(False).any(axis=1)
     return table
 
 

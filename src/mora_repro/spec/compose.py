@@ -23,6 +23,7 @@ from ..errors import UserError, did_you_mean
 ROOT = Path(__file__).resolve().parents[3]
 CONF = ROOT / "conf"
 RUN = CONF / "config.yaml"
+INTERRUPTED = 130  # the exit status of what was stopped and can go on
 
 
 def options(group: str) -> list[str]:
@@ -137,6 +138,8 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
             status.append(function(composed) or 0)
         except UserError as error:  # here, since Hydra adds lines of its own to what it sees
             _exit(error)
+        if status[-1] == INTERRUPTED:
+            raise KeyboardInterrupt  # the other runs of a multirun are not started
 
     try:
         if config == RUN:
@@ -148,8 +151,9 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         _exit(explain(error, [a for a in sys.argv[1:] if not a.startswith("-")], config))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was.", file=sys.stderr)
-        sys.exit(130)
+        without = " without rerun=true" if "rerun=true" in sys.argv else ""
+        print(f"interrupted; the same command{without} goes on where it was.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     sys.exit(max(status, default=0))
 
 

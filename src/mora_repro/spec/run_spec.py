@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +22,9 @@ from pydantic import (
 
 from ..errors import UserError
 from .compose import RUN, compose_config, explain, find_row
+
+# Keys of a configuration that do not change what a run computes.
+OUTSIDE_IDENTITY = ("out", "rerun")
 
 
 class Strict(BaseModel):
@@ -78,6 +83,11 @@ class Training(Strict):
             raise ValueError("give one of training.steps and training.epochs, the other null")
         if (self.decay_steps is not None) != (self.schedule == "warmup_stable_decay"):
             raise ValueError("training.decay_steps belongs to training.schedule=warmup_stable_decay, and only to it")
+        if self.steps is not None and self.warmup_steps + (self.decay_steps or 0) > self.steps:
+            raise ValueError(
+                f"training.steps={self.steps} is less than training.warmup_steps={self.warmup_steps} and "
+                f"training.decay_steps={self.decay_steps} together; lower those too"
+            )
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError(
                 f"training.batch_size={self.batch_size} is no multiple of "
@@ -97,6 +107,7 @@ class RunSpec(Strict):
     lr: PositiveFloat
     seed: NonNegativeInt
     training: Training
+    content: dict[str, str] = {}  # sha256 of local folders that the run reads, by key
 
     @classmethod
     def from_config(cls, config: DictConfig) -> RunSpec:
@@ -109,11 +120,13 @@ class RunSpec(Strict):
         except OmegaConfBaseException as error:
             raise explain(error, [], RUN) from error
         values["scale"] = values["scale"]["name"]
-        fields = {name: values[name] for name in cls.model_fields}
+        for name in OUTSIDE_IDENTITY:
+            del values[name]
+        values["content"] = _contents(values)
         try:
-            spec = cls.model_validate(fields)
+            spec = cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(_describe(error)) from error
+            raise UserError(describe(error)) from error
         if spec.method.ranked and spec.r is None:
             raise UserError(f"method={spec.method.name} needs a rank: r=8, say.")
         if not spec.method.ranked and spec.r is not None:
@@ -140,6 +153,8 @@ class RunSpec(Strict):
         for part in (values["method"], values["model"], values["task"]):
             part.pop("title", None)
             part.pop("source", None)
+        if not self.content:
+            del values["content"]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
         rank = "" if self.r is None else f"-r{self.r}"
@@ -156,7 +171,25 @@ class RunSpec(Strict):
         return []
 
 
-def _describe(error: ValidationError) -> str:
+def _contents(values: dict[str, Any]) -> dict[str, str]:
+    """sha256 of the local folders that a configuration names, so that another content is another run."""
+    named = {"task.data": values["task"].get("data")}
+    named |= {f"model.{key}": values["model"].get(key) for key in ("pretrained", "tokenizer")}
+    return {key: _folder_sha256(Path(path)) for key, path in named.items() if path and Path(path).is_dir()}
+
+
+@cache
+def _folder_sha256(folder: Path) -> str:
+    """Of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def describe(error: ValidationError, script: str = "train.py") -> str:
     """One line per wrong value: its key, the value, what is wanted."""
     lines = []
     for item in error.errors():
@@ -164,4 +197,4 @@ def _describe(error: ValidationError) -> str:
         problem = item["msg"].removeprefix("Value error, ")
         shown = f"{key}={item['input']!r}: " if not isinstance(item["input"], dict) else (f"{key}: " if key else "")
         lines.append(shown + problem[0].lower() + problem[1:])
-    return "\n       ".join(lines) + ". See a run whole: python train.py --cfg job --resolve"
+    return "\n       ".join(lines) + f". See it whole: python {script} --cfg job --resolve"

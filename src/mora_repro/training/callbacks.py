@@ -39,6 +39,14 @@ class SealCheckpoints(TrainerCallback):
         (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / SEAL).touch()
 
 
+class NoCheckpointAtTheEnd(TrainerCallback):
+    """The weights are saved there anyway, and the Trainer, resumed after the last step, would make one more."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
 class EvaluateAt(TrainerCallback):
     """Evaluates after the given optimizer steps, and after the last one."""
 

@@ -15,8 +15,17 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from transformers.trainer_callback import PrinterCallback
 
 from ..data.task import IGNORED, Example
+from ..methods import computes_in_bf16
 from ..spec import RunSpec
-from .callbacks import EvaluateAt, GracefulStop, MetricsFile, ProgressLine, SealCheckpoints, last_checkpoint
+from .callbacks import (
+    EvaluateAt,
+    GracefulStop,
+    MetricsFile,
+    NoCheckpointAtTheEnd,
+    ProgressLine,
+    SealCheckpoints,
+    last_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ def train(
 ) -> Outcome:
     """Train `model` in place and save it to `work/model` when finished.
 
-    Goes on from the last whole checkpoint in `work/checkpoints`. SIGINT or SIGTERM finish the step,
+    Goes on from the last whole checkpoint in `work/checkpoints`, which stay there. SIGINT or SIGTERM finish the step,
     save a checkpoint, and return with `finished` false. Raises Diverged where the loss is not finite.
     """
     recipe = spec.training
@@ -60,7 +69,7 @@ def train(
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        bf16=computes_in_bf16(spec),
         use_cpu=not cuda,
         logging_steps=recipe.log_every,
         logging_first_step=True,
@@ -76,6 +85,7 @@ def train(
         disable_tqdm=True,
         log_level="error",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else the Trainer multiplies the batch by the number of GPUs
     stop = GracefulStop()
     trainer = TaskTrainer(
         model=model,
@@ -85,6 +95,7 @@ def train(
         callbacks=[
             EvaluateAt(recipe.evaluate_at),
             MetricsFile(work / "metrics.jsonl"),
+            NoCheckpointAtTheEnd(),
             SealCheckpoints(),
             ProgressLine(spec.id),
             stop,
@@ -106,7 +117,6 @@ def train(
         tokenizer.save_pretrained(partial)
         shutil.rmtree(work / "model", ignore_errors=True)
         partial.rename(work / "model")
-        shutil.rmtree(work / "checkpoints", ignore_errors=True)
     return Outcome(finished, trainer.state.log_history, seconds, trainer.tokens_seen)
 
 
