@@ -167,9 +167,7 @@ def test_a_run_on_a_malformed_file_ends_with_one_error(command, tmp_path):
 
 
 def test_the_hub_out_of_reach_says_how_to_get_the_data_beforehand():
-    with pytest.raises(
-        UserError, match=r"meta-math/MetaMathQA can't be had.*keeps it in the cache.*task.data=<folder>"
-    ):
+    with pytest.raises(UserError, match=r"meta-math/MetaMathQA can't be had.*cache.*task.data=<folder>"):
         read_hub("meta-math/MetaMathQA", None, "train", ["query"], None)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mora_repro.report import table2
 from mora_repro.report.terminal import grid
-from mora_repro.spec.table import load_table
+from mora_repro.spec.table import Cell, load_table
 
 STEPS = (75, 150, 225, 300)
 
@@ -144,3 +144,15 @@ def test_bold_in_the_terminal_is_the_table_s():
     segments = console.render(grid(table2.build("mini", table_records(THREE_SEEDS)), 100))
     bold = [s.text.strip() for s in segments if s.style and s.style.bold and "." in s.text and "91" in s.text]
     assert len(bold) == 4
+
+
+def test_runs_from_different_bases_are_said_to_be():
+    lora = Cell("lora", 4, "uuid", "mini")
+    same = [record(lora, seed, [1, 2, 3, 4], base_sha256="a") for seed in (0, 1)]
+    other = record(lora, 1, [1, 2, 3, 4], base_sha256="b")
+    assert "base weights" not in table2.markdown(table2.build("mini", same))
+    mixed = table2.build("mini", [same[0], other])
+    assert "from 2 different sets of base weights" in table2.caption(mixed)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(grid(mixed, 120))
+    assert "2 different sets of base weights" in console.export_text()

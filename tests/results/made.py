@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mora_repro.results.records import Curve, Environment, Evaluation, Parameters, Record
+from mora_repro.results.records import Curve, Data, Environment, Evaluation, Parameters, Record
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.spec.table import Cell, load_table
 
@@ -21,6 +21,7 @@ def record(
     trainable: int | None = None,
     status: str = "finished",
     loss: float = 1.0,
+    base_sha256: str | None = None,
 ) -> Record:
     """A run of the cell whose accuracy at its evaluation steps is the given one; its loss is constant."""
     changed = [*cell.overrides(seed), *overrides]
@@ -34,6 +35,7 @@ def record(
         command="made up",
         started="2024-01-01T00:00:00+00:00",
         environment=NOWHERE,
+        data=Data(fingerprint="", examples=1, tokens=1, truncated=0, dropped=0, base=None, base_sha256=base_sha256),
         parameters=Parameters(trainable=trainable or TRAINABLE[cell.method] * (cell.r or 1), total=10**6),
         curve=Curve(step=list(range(1, 301)), loss=[loss] * 300, lr=[1e-3] * 300),
         evaluations=[

@@ -18,6 +18,7 @@ from ..spec.table import load_table, ranks
 
 METRIC = "char_accuracy"
 BUDGET_TOLERANCE = 0.02  # of LoRA's trainable parameters at the same rank
+SEVERAL_BASES = "The runs started from {} different sets of base weights, made on different machines, say."
 PAPER = ROOT / "results" / "paper" / "results.yaml"
 
 
@@ -56,6 +57,12 @@ class Table2:
     def missing(self) -> list[str]:
         """The rows without a finished run."""
         return [row.result.cell.name for row in self.rows if not row.result.records]
+
+    @property
+    def bases(self) -> int:
+        """How many different base weights its runs started from."""
+        records = [record for row in self.rows for record in row.result.records.values()]
+        return len({record.data.base_sha256 for record in records if record.data})
 
     def row(self, method: str, r: int | None) -> Row:
         [row] = [row for row in self.rows if (row.result.cell.method, row.r) == (method, r)]
@@ -205,6 +212,8 @@ def caption(table: Table2) -> str:
         parts.append("Bold: its interval lies above those of all other rows.")
     if any(row.off_budget for row in table.rows):
         parts.append("†: the number of trainable parameters is more than 2 % off LoRA's at the same r.")
+    if table.bases > 1:
+        parts.append(SEVERAL_BASES.format(table.bases))
     if table.missing:
         parts.append(f"Not run: {len(table.missing)} of {len(table.rows)} rows ({', '.join(table.missing)}).")
     return " ".join(parts)

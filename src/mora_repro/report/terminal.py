@@ -6,7 +6,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from .table2 import Table2, shown, shown_paper
+from .table2 import SEVERAL_BASES, Table2, shown, shown_paper
 
 ROOMY = 104  # columns from which an interval has place beside its mean, else it goes below
 
@@ -52,6 +52,8 @@ def _notes(table: Table2) -> str:
         notes.append("±: 95 % t-interval over seeds; bold: its interval lies above all others")
     if any(row.off_budget for row in table.rows):
         notes.append("†: trainable parameters more than 2 % off LoRA's at the same r")
+    if table.bases > 1:
+        notes.append(SEVERAL_BASES.format(table.bases))
     if table.missing:
         notes.append(f"not run: {len(table.missing)} of {len(table.rows)} rows")
     return "\n".join(notes)
