@@ -17,11 +17,11 @@ help: ## this list
 setup: $(VENV)/installed ## create the environment (.venv) with the tested versions
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is $$($(PYTHON) --version), and Python 3.11 or later is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version), and Python 3.11 to 3.13 is needed: make PYTHON=python3.11 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: $(PYTHON) has no venv module; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
-	@echo "setting up $(VENV): about two minutes, once"
+	@echo "setting up $(VENV), once: a minute or more"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
