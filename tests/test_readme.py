@@ -33,6 +33,11 @@ def test_every_python_command_composes(script, arguments):
         assert {key.split("=")[0] for key in keys} <= known.keys()
 
 
+@pytest.mark.parametrize("shown", [" ".join(found) for found in PYTHON if "--" in found[1]])
+def test_what_is_shown_and_not_run_is_printed(command, shown):
+    assert len(command(*shlex.split(shown)).stdout.splitlines()) > 20
+
+
 def test_every_linked_file_exists():
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", TEXTS) if "://" not in link]
     assert len(links) > 3

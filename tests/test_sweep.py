@@ -138,6 +138,7 @@ def test_the_mini_recipes_are_the_best_of_the_search_that_is_recorded(names, row
         (["search=true", "search_seed=1"], "search_seed=1: "),
         (["workers=-1"], "workers=-1: "),
         (["scale=huge"], "scale=huge is not known"),
+        (["scale=paper"], "python scripts/sweep.py 'table=[2]' scale=mini"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_error(command, arguments, said):

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .data.task import build_task
+from .data.task import Task, build_task
 from .errors import Diverged, UserError
 from .evaluation import evaluate, prompt_room
 from .methods import apply_method, count_parameters, load_base, load_tokenizer, on_meta_device
@@ -112,8 +112,11 @@ def _run(spec: RunSpec, store: Store, work: Path, overrides: list[str], save: bo
         task = build_task(spec)
         tokenizer = load_tokenizer(spec)
         data = task.training_set(tokenizer, spec.training.max_length)
+        for notice in task.notices():
+            say(notice)
         base_weights = None
         if spec.model.base:
+            _refuse_before_the_base(spec, task)
             base = spec.base_spec()
             if run(base, store, _base_overrides(spec, overrides), need_weights=True).status == "interrupted":
                 return record.model_copy(update={"status": "interrupted"})
@@ -195,6 +198,13 @@ def _weights_sha256(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _refuse_before_the_base(spec: RunSpec, task: Task) -> None:
+    """Raise the UserError that would come after a base's training: of the questions' files, or of the method."""
+    assert task.asked
+    with warnings.catch_warnings(action="ignore"):  # they are shown when the method is applied to the weights
+        apply_method(on_meta_device(spec), spec)
 
 
 def _base_overrides(spec: RunSpec, overrides: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 from pydantic import Field, PositiveInt, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -24,7 +25,7 @@ from .errors import UserError
 from .results.records import Store
 from .results.search import tries, write_search
 from .spec import INTERRUPTED, RunSpec, compose_config
-from .spec.compose import ROOT
+from .spec.compose import ROOT, missing
 from .spec.run_spec import Strict, describe
 from .spec.table import FIRST_SEARCH_SEED, load_table
 
@@ -46,6 +47,12 @@ class Job:
 def main(config: DictConfig) -> int:
     """`python scripts/sweep.py`; the exit status: 0, 1 where a run failed, 130 when interrupted."""
     sweep = Sweep.from_config(config)
+    if sweep.scale == "paper" and not _gpus():
+        names = ",".join(sweep.tables)
+        raise UserError(
+            f"scale=paper needs a CUDA GPU, and torch finds none. What runs here: "
+            f"python scripts/sweep.py 'table=[{names}]' scale=mini"
+        )
     cells = list(dict.fromkeys(cell for name in sweep.tables for cell in load_table(name).cells(sweep.scale)))
     store = Store(sweep.out)
     if sweep.search:
@@ -78,6 +85,8 @@ class Sweep(Strict):
         """Raises UserError: a missing value, or one of the wrong kind."""
         try:
             return cls.model_validate(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        except MissingMandatoryValue as error:
+            raise UserError(missing(error)) from error
         except ValidationError as error:
             raise UserError(describe(error, "scripts/sweep.py")) from error
 
@@ -109,7 +118,7 @@ def run_jobs(jobs: list[Job], store: Store, workers: int | None = None) -> int:
     if not waiting:
         return 0
     pool = Pool(store, console, waiting)
-    with pool, _as_interrupt(signal.SIGTERM):
+    with pool, _interrupts():
         try:
             pool.work(waiting, workers or _default_workers())
         except KeyboardInterrupt:
@@ -291,14 +300,17 @@ def _default_workers() -> int:
 
 
 @contextmanager
-def _as_interrupt(number: int) -> Iterator[None]:
-    """Within: the signal raises KeyboardInterrupt, as SIGINT does."""
+def _interrupts() -> Iterator[None]:
+    """Within: SIGINT and SIGTERM raise KeyboardInterrupt, also where SIGINT was ignored, as in background jobs."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(number, interrupt)
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(number, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

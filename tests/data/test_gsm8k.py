@@ -142,6 +142,12 @@ def test_answers_to_a_users_questions_may_be_as_long_as_nine_of_ten_gold_answers
     assert task().longest_answer(tokenizer) == 48
 
 
+def test_limits_on_a_users_files_are_said(tmp_path):
+    assert "at most 3200 problems are trained on and 200 asked" in task(f"task.data={tmp_path}").notices()[0]
+    assert task(f"task.data={tmp_path}", "task.train_limit=null", "task.test_limit=null").notices() == []
+    assert task().notices() == []
+
+
 def test_missing_empty_and_broken_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere is no folder.*task.data=generated"):
         task(f"task.data={tmp_path / 'nowhere'}").pairs_to_train()

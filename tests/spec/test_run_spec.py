@@ -129,7 +129,7 @@ def test_scale_auto_is_paper_in_a_slurm_job_and_mini_without_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     arguments, notice = resolve_scale(["method=lora"])
-    assert arguments == ["method=lora", "scale=mini"] and "no CUDA device" in notice
+    assert arguments == ["scale=mini", "method=lora"] and "no CUDA device" in notice
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert resolve_scale(["scale=auto"])[0] == ["scale=paper"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -180,7 +180,16 @@ def test_a_rank_for_a_method_without_one_is_refused():
         (["train.py", "scale=mini", "r=0"], "r=0"),
         (["scripts/sweep.py", "table=9"], "table=9"),
         (["scripts/sweep.py", "tabel=2"], "Did you mean table"),
-        (["scripts/sweep.py"], "table"),
+        (["scripts/sweep.py"], "table has no default and must be given"),
+        (["scripts/sweep.py", "table=2", "seed=3"], "All keys: python scripts/sweep.py --cfg job"),
+        (["train.py", "r=abc"], "r='abc': a rank is a whole number"),
+        (["train.py", "model=hf"], "add to the command: model.pretrained=..."),
+        (["train.py", "scale=auto,mini", "-m"], "can't be swept"),
+        (["train.py", "out=", "method=fft"], "out= is empty"),
+        (["train.py", "training.evaluate_at=5"], "training.evaluate_at=5: input should be a list"),
+        (["train.py", "--cfg", "job", "stepz=3"], "there is no key 'stepz'"),
+        (["train.py", "-m", "scale=mini", "r=abc,8"], "scale=mini r=abc: r='abc'"),
+        (["train.py", "scale=mini", "model=hf", "model.pretrained=/nowhere"], "folder /nowhere is not there"),
         (["scripts/report.py", "out=/nowhere"], "sweep.py"),
     ],
 )
@@ -188,6 +197,15 @@ def test_commands_print_one_error_without_traceback(command, arguments, said):
     done = command(*arguments, check=False)
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr and "error: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["method=mora", "r=8", "--cfg", "job", "--resolve"], ["--cfg", "job", "method=mora", "r=8", "--resolve"]],
+)
+def test_a_run_is_shown_whole_also_with_flags_before_overrides(command, arguments):
+    shown = yaml.safe_load(command("train.py", *arguments).stdout)
+    assert shown["r"] == 8 and shown["scale"]["name"] == "mini" and shown["training"]["evaluate_at"][-1] == 300
 
 
 def test_help_lists_the_keys_and_their_choices(command):

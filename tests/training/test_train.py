@@ -134,6 +134,24 @@ def test_a_run_stopped_while_it_saves_its_weights_does_not_train_a_step_too_many
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("task.data={folder}", "has no test.jsonl"),
+        ("method.peft.target_modules=[query]", "query"),
+        ("method.peft.lora_alpha=abc", "lora_alpha='abc'"),
+    ],
+)
+def test_a_mistake_is_said_before_the_base_is_trained(command, tmp_path, override, said):
+    (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "1"}\n')
+    out = tmp_path / "out"
+    arguments = ["method=lora", "task=gsm8k", "scale=mini", override.format(folder=tmp_path), f"out={out}"]
+    done = command("train.py", *arguments, check=False)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not list(out.glob("work/*base*")) and only_record(out).status == "failed"
+
+
+@pytest.mark.slow
 def test_an_interrupt_ends_a_multirun(tmp_path):
     arguments = [sys.executable, "train.py", "-m", "method=lora,mora", *TINY, "training.steps=400", f"out={tmp_path}"]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -89,6 +89,14 @@ class Gsm8k(Task):
         rows = read_folder(self.data, split, ["question", "answer"], limit)
         return [(row["question"], row["answer"]) for row in rows]
 
+    def notices(self) -> list[str]:
+        if self.data in ("generated", "hub") or not (self.train_limit or self.test_limit):
+            return []
+        return [
+            f"of {self.data}, at most {self.train_limit} problems are trained on and {self.test_limit} asked "
+            f"(None: no limit); all of them: task.train_limit=null task.test_limit=null"
+        ]
+
     def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
         if self.data in ("generated", "hub"):
             return self.max_new_tokens

@@ -72,6 +72,10 @@ class Task(BaseModel):
     def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """How many tokens an answer may take."""
 
+    def notices(self) -> list[str]:
+        """What the user should know of a valid task before it is run."""
+        return []
+
     @abstractmethod
     def score(self, answers: list[str]) -> dict[str, float]:
         """Metrics in per cent, from the generated answers in the order of `questions`."""

@@ -26,13 +26,20 @@ def apply_method(model: PreTrainedModel, spec: RunSpec) -> nn.Module:
     try:
         config = hydra.utils.instantiate(spec.method.peft, _convert_="all")
     except InstantiationException as error:
-        raise UserError(f"method={spec.method.name}: {error.__cause__ or error}") from error
+        raise _refused(spec, error.__cause__ or error) from error
     if not isinstance(config, PeftConfig):
         raise UserError(f"method.peft._target_={spec.method.peft['_target_']} is no PEFT config class.")
     try:
         return get_peft_model(model, config)
     except (TypeError, ValueError) as error:
-        raise UserError(f"method={spec.method.name}: {error}") from error
+        raise _refused(spec, error) from error
+
+
+def _refused(spec: RunSpec, error: BaseException) -> UserError:
+    """PEFT's words, and where they do not name the argument (a TypeError's don't), all arguments."""
+    given = ", ".join(f"{key}={value!r}" for key, value in (spec.method.peft or {}).items() if key != "_target_")
+    where = f" (method.peft: {given})" if isinstance(error, TypeError) else ""
+    return UserError(f"method={spec.method.name}: {error}{where}")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

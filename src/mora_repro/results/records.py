@@ -119,6 +119,9 @@ class Store:
     """The output folder of runs: `runs/` holds records, `work/` checkpoints, logs and trained weights."""
 
     def __init__(self, out: str | Path):
+        """Raises UserError for an empty name, which a shell variable that is not set leaves."""
+        if not str(out or ""):
+            raise UserError("out= is empty: name a folder, or leave it out for out=results")
         self.out = Path(out)
 
     @contextmanager

@@ -13,8 +13,10 @@ from typing import Any
 import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -38,7 +40,12 @@ def options(group: str) -> list[str]:
 @cache
 def recipes(scale: str) -> dict[str, Any]:
     """conf/recipes/<scale>.yaml."""
-    return yaml.safe_load((CONF / "recipes" / f"{scale}.yaml").read_text())
+    path = CONF / "recipes" / f"{scale}.yaml"
+    try:
+        with path.open() as file:
+            return yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {error}") from error
 
 
 def find_row(scale: str, task: str, method: str, r: int | None) -> dict[str, Any]:
@@ -67,10 +74,12 @@ def find_row(scale: str, task: str, method: str, r: int | None) -> dict[str, Any
 def _recipe(key: str, *, _root_: DictConfig) -> Any:
     """`${recipe:key}`: the value for this run's task, method and r; row over task over common."""
     scale, task, method = _root_.scale.name, _root_.task.name, _root_.method.recipe
+    if not isinstance(_root_.r, int | None):
+        raise UserError(f"r={_root_.r!r}: a rank is a whole number, such as r=8")
     row = find_row(scale, task, method, _root_.r)
     for level in (row, recipes(scale)[task], recipes(scale)["common"]):
         if key in level:
-            return level[key]
+            return OmegaConf.create(level[key]) if isinstance(level[key], list) else level[key]
     raise UserError(f"conf/recipes/{scale}.yaml has no `{key}` for task={task} method={method}.")
 
 
@@ -94,6 +103,8 @@ def resolve_scale(arguments: list[str]) -> tuple[list[str], str | None]:
     paper inside a SLURM job or where torch finds a CUDA device, else mini.
     """
     chosen = [argument for argument in arguments if argument.startswith("scale=")]
+    if any("," in argument and "auto" in argument for argument in chosen):
+        raise UserError(f"{chosen[-1]}: auto is one of the scales, and can't be swept. Name them: scale=mini,paper")
     if chosen and chosen[-1] != "scale=auto":
         return arguments, None
     rest = [argument for argument in arguments if argument != "scale=auto"]
@@ -107,7 +118,7 @@ def resolve_scale(arguments: list[str]) -> tuple[list[str], str | None]:
         found = torch.cuda.is_available()
         scale, why = ("paper", "CUDA device found") if found else ("mini", "no CUDA device found")
     other = "mini" if scale == "paper" else "paper"
-    return [*rest, f"scale={scale}"], f"scale={scale} (auto: {why}; scale={other} asks for the other)"
+    return [f"scale={scale}", *rest], f"scale={scale} (auto: {why}; scale={other} asks for the other)"
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
@@ -117,6 +128,8 @@ def compose_config(overrides: list[str]) -> DictConfig:
             return hydra.compose("config", overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, overrides, RUN) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"a file of conf/ is no YAML: {error}") from error
 
 
 def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
@@ -137,19 +150,28 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
         try:
             status.append(function(composed) or 0)
         except UserError as error:  # here, since Hydra adds lines of its own to what it sees
-            _exit(error)
+            hydra_config = HydraConfig.get()
+            many = hydra_config.mode == RunMode.MULTIRUN
+            _exit(UserError(f"{' '.join(hydra_config.overrides.task)}: {error}") if many else error)
         if status[-1] == INTERRUPTED:
             raise KeyboardInterrupt  # the other runs of a multirun are not started
 
     try:
         if config == RUN:
             arguments, notice = resolve_scale(sys.argv[1:])
-            sys.argv[1:] = arguments
+            # Overrides first: Hydra's parser takes no flag between them.
+            overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
+            sys.argv[1:] = [*overrides, *(text for text in arguments if text not in overrides)]
             if notice:
                 print(notice, file=sys.stderr, flush=True)
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(job)()
+    except UserError as error:
+        _exit(error)
+    except yaml.YAMLError as error:
+        _exit(UserError(f"a file of conf/ is no YAML: {error}"))
     except (HydraException, OmegaConfBaseException) as error:
-        _exit(explain(error, [a for a in sys.argv[1:] if not a.startswith("-")], config))
+        flags = any(text.startswith("-") for text in sys.argv[1:])  # a word without = may then be a flag's value
+        _exit(explain(error, [a for a in sys.argv[1:] if not a.startswith("-") and ("=" in a or not flags)], config))
     except KeyboardInterrupt:
         without = " without rerun=true" if "rerun=true" in sys.argv else ""
         print(f"interrupted; the same command{without} goes on where it was.", file=sys.stderr)
@@ -196,15 +218,19 @@ def explain(error: Exception, overrides: list[str], config: Path) -> UserError:
         if key not in known:
             tail = {name.split(".")[-1]: name for name in known}
             near = did_you_mean(key, known) or did_you_mean(key, tail)
-            return UserError(
-                f"{text}: there is no key {key!r}.{near} All keys: python {Path(sys.argv[0]).name} --cfg job"
-            )
+            return UserError(f"{text}: there is no key {key!r}.{near} All keys: python {_script(config)} --cfg job")
     if isinstance(error, MissingMandatoryValue):
-        return UserError(
-            f"{error.full_key} has no default and must be given: python {Path(sys.argv[0]).name} "
-            f"{' '.join(overrides)} {error.full_key}=..."
-        )
+        return UserError(missing(error))
     return UserError(str(error))
+
+
+def missing(error: MissingMandatoryValue) -> str:
+    """What to say of a value that has no default."""
+    return f"{error.full_key} has no default and must be given; add to the command: {error.full_key}=..."
+
+
+def _script(config: Path) -> str:
+    return "train.py" if config == RUN else f"scripts/{config.stem}.py"
 
 
 def _known_keys(config: Path, overrides: list[str]) -> list[str]:

@@ -194,7 +194,7 @@ def describe(error: ValidationError, script: str = "train.py") -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
-        problem = item["msg"].removeprefix("Value error, ")
+        problem = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [75,300]")
         shown = f"{key}={item['input']!r}: " if not isinstance(item["input"], dict) else (f"{key}: " if key else "")
         lines.append(shown + problem[0].lower() + problem[1:])
     return "\n       ".join(lines) + f". See it whole: python {script} --cfg job --resolve"

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import Diverged
+from ..spec import RunSpec
 
 SEAL = "complete"
 
@@ -112,16 +113,18 @@ class MetricsFile(TrainerCallback):
 class ProgressLine(TrainerCallback):
     """A progress bar on a terminal; elsewhere a line at every tenth of the steps."""
 
-    def __init__(self, title: str):
+    def __init__(self, spec: RunSpec):
+        self.metric = str(spec.task["metric"])
+        rank = "" if spec.r is None else f" r={spec.r}"
+        title = f"{spec.task['name']} {spec.method.title}{rank}"  # short: all has place in 80 columns
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),
             TextColumn("{task.completed}/{task.total}"),
-            TextColumn("loss {task.fields[loss]}  {task.fields[metric]}"),
-            TimeElapsedColumn(),
+            TextColumn("loss {task.fields[loss]} {task.fields[metric]}"),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -136,8 +139,8 @@ class ProgressLine(TrainerCallback):
         logs = kwargs["logs"]
         scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         metric = "  ".join(f"{name} {value:.1f}" for name, value in scores.items())
-        if metric:
-            self.progress.update(self.bar, metric=metric)
+        if self.metric in scores:
+            self.progress.update(self.bar, metric=f"{self.metric} {scores[self.metric]:.1f}")
         if "loss" in logs:
             self.progress.update(self.bar, loss=f"{logs['loss']:.3f}")
         if not self.console.is_terminal and "loss" in logs:

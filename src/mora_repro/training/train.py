@@ -97,7 +97,7 @@ def train(
             MetricsFile(work / "metrics.jsonl"),
             NoCheckpointAtTheEnd(),
             SealCheckpoints(),
-            ProgressLine(spec.id),
+            ProgressLine(spec),
             stop,
         ],
     )
