@@ -58,6 +58,11 @@ def test_a_model_that_is_not_there_says_how_to_get_it(load):
         load(spec("model=hf", "model.pretrained=nobody/nothing"))
 
 
+def test_a_folder_that_is_not_there_is_not_taken_for_a_hub_id():
+    with pytest.raises(UserError, match="folder /nowhere is not there"):
+        load_tokenizer(spec("model=hf", "model.pretrained=/nowhere"))
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}.*can't be loaded"):
         load_base(spec("model=hf", f"model.pretrained={tmp_path}"), None, None)

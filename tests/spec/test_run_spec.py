@@ -189,7 +189,6 @@ def test_a_rank_for_a_method_without_one_is_refused():
         (["train.py", "training.evaluate_at=5"], "training.evaluate_at=5: input should be a list"),
         (["train.py", "--cfg", "job", "stepz=3"], "there is no key 'stepz'"),
         (["train.py", "-m", "scale=mini", "r=abc,8"], "scale=mini r=abc: r='abc'"),
-        (["train.py", "scale=mini", "model=hf", "model.pretrained=/nowhere"], "folder /nowhere is not there"),
         (["scripts/report.py", "out=/nowhere"], "sweep.py"),
     ],
 )
