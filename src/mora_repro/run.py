@@ -222,7 +222,7 @@ def _what_paper_scale_needs(spec: RunSpec) -> str:
     mini = f"python train.py method={spec.method.name} task={spec.task['name']} scale=mini"
     return (
         f"scale=paper needs a CUDA GPU, and torch {torch.__version__} finds none. {spec.model.title} with "
-        f"{spec.method.title}{f' r={spec.r}' if spec.r else ''} takes about {gigabytes:.0f} GB of GPU memory for "
+        f"{spec.name} takes about {gigabytes:.0f} GB of GPU memory for "
         f"weights, gradients and optimizer, before activations. What runs here: {mini}"
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, PositiveInt, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -24,8 +24,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from .errors import UserError
 from .results.records import Store
 from .results.search import tries, write_search
-from .spec import INTERRUPTED, RunSpec, compose_config
-from .spec.compose import ROOT, missing
+from .spec import CONF, INTERRUPTED, RunSpec, compose_config
+from .spec.compose import ROOT, explain
 from .spec.run_spec import Strict, describe
 from .spec.table import FIRST_SEARCH_SEED, load_table
 
@@ -85,8 +85,8 @@ class Sweep(Strict):
         """Raises UserError: a missing value, or one of the wrong kind."""
         try:
             return cls.model_validate(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-        except MissingMandatoryValue as error:
-            raise UserError(missing(error)) from error
+        except OmegaConfBaseException as error:
+            raise explain(error, [], CONF / "scripts" / "sweep.yaml") from error
         except ValidationError as error:
             raise UserError(describe(error, "scripts/sweep.py")) from error
 
@@ -159,7 +159,7 @@ class Pool:
         self.progress.start()
         # A base is trained once by the first run that needs it, and counts as one run more.
         bases = {job.spec.model.base_id for job in jobs if job.spec.model.base_id}
-        self.bases = {base for base in bases if not (store.work(base) / "model").exists()}
+        self.bases = {base for base in bases if not self._has_weights(base)}
         self.total = len(jobs) + len(self.bases)
         self.done = 0
         self.overall = self.progress.add_task("all runs", total=self.total, note=f"0/{len(jobs)}")
@@ -253,9 +253,13 @@ class Pool:
             return 0, None, f"base {part:.0%}"
         return 0, None, "starting"
 
+    def _has_weights(self, base: str) -> bool:
+        """Whether a base needs no training; its record alone does not do."""
+        return (self.store.work(base) / "model").exists()
+
     def _base_part(self, base: str) -> float:
         """How much of a base's training is done, from 0 to 1."""
-        if self.store.finished(base) is not None:
+        if self._has_weights(base):
             return 1.0
         steps, total, _ = _tail(self.store.work(base) / "metrics.jsonl") or (0, 1, "")
         return steps / (total or 1)
@@ -263,10 +267,9 @@ class Pool:
 
 def title(spec: RunSpec) -> str:
     """A run's short name on the screen."""
-    rank = "" if spec.r is None else f" r={spec.r}"
     alpha = (spec.method.peft or {}).get("lora_alpha")
     scaled = "" if alpha is None else f" alpha {alpha:g}"
-    return f"{spec.task['name']} {spec.method.title}{rank} seed {spec.seed} lr {spec.lr:g}{scaled}"
+    return f"{spec.task['name']} {spec.name} seed {spec.seed} lr {spec.lr:g}{scaled}"
 
 
 def _tail(path: Path) -> tuple[int, int | None, str] | None:

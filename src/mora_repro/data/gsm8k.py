@@ -67,6 +67,10 @@ class Gsm8k(Task):
             raise ValueError("the prompt needs {question}, where the question is put")
         return prompt
 
+    @property
+    def _from_files(self) -> bool:
+        return self.data not in ("generated", "hub")
+
     def pairs_to_train(self) -> list[tuple[str, str]]:
         return [(self.prompt.replace("{question}", question), answer) for question, answer in self._rows("train")]
 
@@ -90,7 +94,7 @@ class Gsm8k(Task):
         return [(row["question"], row["answer"]) for row in rows]
 
     def notices(self) -> list[str]:
-        if self.data in ("generated", "hub") or not (self.train_limit or self.test_limit):
+        if not self._from_files or not (self.train_limit or self.test_limit):
             return []
         return [
             f"of {self.data}, at most {self.train_limit} problems are trained on and {self.test_limit} asked "
@@ -98,7 +102,7 @@ class Gsm8k(Task):
         ]
 
     def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        if self.data in ("generated", "hub"):
+        if not self._from_files:
             return self.max_new_tokens
         lengths = sorted(len(tokenizer(gold, add_special_tokens=False).input_ids) + 1 for _, gold in self.asked)
         return max(self.max_new_tokens, lengths[9 * (len(lengths) - 1) // 10])

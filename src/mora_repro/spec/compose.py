@@ -40,12 +40,8 @@ def options(group: str) -> list[str]:
 @cache
 def recipes(scale: str) -> dict[str, Any]:
     """conf/recipes/<scale>.yaml."""
-    path = CONF / "recipes" / f"{scale}.yaml"
-    try:
-        with path.open() as file:
-            return yaml.safe_load(file)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
+    with (CONF / "recipes" / f"{scale}.yaml").open() as file:  # a file, so that a mistake in it is shown with its name
+        return yaml.safe_load(file)
 
 
 def find_row(scale: str, task: str, method: str, r: int | None) -> dict[str, Any]:
@@ -126,10 +122,8 @@ def compose_config(overrides: list[str]) -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose("config", overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise explain(error, overrides, RUN) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"a file of conf/ is no YAML: {error}") from error
 
 
 def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
@@ -167,9 +161,7 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(job)()
     except UserError as error:
         _exit(error)
-    except yaml.YAMLError as error:
-        _exit(UserError(f"a file of conf/ is no YAML: {error}"))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         flags = any(text.startswith("-") for text in sys.argv[1:])  # a word without = may then be a flag's value
         _exit(explain(error, [a for a in sys.argv[1:] if not a.startswith("-") and ("=" in a or not flags)], config))
     except KeyboardInterrupt:
@@ -190,6 +182,8 @@ def explain(error: Exception, overrides: list[str], config: Path) -> UserError:
     while cause is not None:
         if isinstance(cause, UserError):
             return cause
+        if isinstance(cause, yaml.YAMLError):
+            return UserError(f"a file of conf/ is no YAML: {cause}")
         cause = cause.__cause__ or cause.__context__
     parser = OverridesParser.create()
     known: list[str] | None = None
@@ -220,13 +214,9 @@ def explain(error: Exception, overrides: list[str], config: Path) -> UserError:
             near = did_you_mean(key, known) or did_you_mean(key, tail)
             return UserError(f"{text}: there is no key {key!r}.{near} All keys: python {_script(config)} --cfg job")
     if isinstance(error, MissingMandatoryValue):
-        return UserError(missing(error))
+        absent = error.full_key
+        return UserError(f"{absent} has no default and must be given; add to the command: {absent}=...")
     return UserError(str(error))
-
-
-def missing(error: MissingMandatoryValue) -> str:
-    """What to say of a value that has no default."""
-    return f"{error.full_key} has no default and must be given; add to the command: {error.full_key}=..."
 
 
 def _script(config: Path) -> str:

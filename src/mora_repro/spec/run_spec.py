@@ -147,6 +147,11 @@ class RunSpec(Strict):
         return base.model_copy(update={"model": model})
 
     @property
+    def name(self) -> str:
+        """The method's title and the rank: 'LoRA r=8', 'FFT'."""
+        return self.method.title if self.r is None else f"{self.method.title} r={self.r}"
+
+    @property
     def id(self) -> str:
         """`<scale>-<task>-<method>[-r<rank>]-s<seed>-<hash>`; the hash covers all but titles and sources."""
         values = self.model_dump(mode="json")

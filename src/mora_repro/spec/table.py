@@ -37,9 +37,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The method's title and the rank: 'LoRA r=8', 'FFT'."""
-        title = self.spec(0).method.title
-        return title if self.r is None else f"{title} r={self.r}"
+        """As its runs': 'LoRA r=8', 'FFT'."""
+        return self.spec(0).name
 
 
 @cache

@@ -115,8 +115,7 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, spec: RunSpec):
         self.metric = str(spec.task["metric"])
-        rank = "" if spec.r is None else f" r={spec.r}"
-        title = f"{spec.task['name']} {spec.method.title}{rank}"  # short: all has place in 80 columns
+        title = f"{spec.task['name']} {spec.name}"  # short: all has place in 80 columns
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
