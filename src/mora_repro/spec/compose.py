@@ -29,8 +29,8 @@ INTERRUPTED = 130  # the exit status of what was stopped and can go on
 
 
 def options(group: str) -> list[str]:
-    """The choices of a config group: the names of its files."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """The choices of a config group: the names of its files, but for those that others share (_*.yaml)."""
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -23,8 +25,11 @@ from pydantic import (
 from ..errors import UserError
 from .compose import RUN, compose_config, explain, find_row
 
-# Keys of a configuration that do not change what a run computes.
-OUTSIDE_IDENTITY = ("out", "rerun")
+# Keys of a configuration that do not change what a run computes; Options has them.
+OUTSIDE_IDENTITY = ("out", "rerun", "logger", "trainer.keep_checkpoints")
+
+
+Grouping = Literal["strided", "blocked"]  # as mora.operators.Grouping, whose import takes seconds
 
 
 class Strict(BaseModel):
@@ -33,8 +38,37 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class Merge(Strict):
+    """A schedule of merging the adapter into the base and starting it anew (ReLoRA, ReMoRA, PeriodicLoRA).
+
+    `every` and `restart_warmup` are in optimizer steps; after a merge the rate climbs from zero to the schedule's in
+    `restart_warmup` steps. `groupings` are sharing's (input, output) groupings, taken in turn. With `momentum` m, what
+    is merged is m times what was merged last plus 1 - m times the adapter. `fp32_master` keeps the merged weights in
+    fp32 on the CPU where the base has fewer bits, so that merges do not round.
+    """
+
+    every: PositiveInt
+    restart_warmup: NonNegativeInt
+    groupings: tuple[tuple[Grouping, Grouping], ...] = ()
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+    fp32_master: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Merge:
+        if self.restart_warmup >= self.every:
+            raise ValueError(
+                f"method.merge.restart_warmup={self.restart_warmup} must be less than method.merge.every={self.every}"
+            )
+        return self
+
+
 class Method(Strict):
-    """What is trained. `peft` is a PEFT config as Hydra's `_target_` and arguments; None: all weights."""
+    """What is trained. `peft` is a PEFT config as Hydra's `_target_` and arguments; None: all weights.
+
+    `lr_factors` multiply the rate of the parameters whose name contains the key (LoRA+); `frozen` and `orthogonal`
+    are parts of names of adapter parameters that are not trained, and that start as a random orthogonal matrix
+    (AsyLoRA). `cannot` says by trainer why the method can't run under it.
+    """
 
     name: str
     title: str
@@ -42,6 +76,11 @@ class Method(Strict):
     recipe: str
     ranked: bool
     peft: dict[str, Any] | None
+    merge: Merge | None = None
+    lr_factors: dict[str, PositiveFloat] = {}
+    frozen: tuple[str, ...] = ()
+    orthogonal: tuple[str, ...] = ()
+    cannot: dict[str, str] = {}
 
 
 class Model(Strict):
@@ -96,6 +135,19 @@ class Training(Strict):
         return self
 
 
+class Trainer(Strict):
+    """How it is distributed. `processes` None: one per local GPU, or one; `stage` is ZeRO's; `deepspeed` its JSON."""
+
+    name: str = "plain"
+    processes: PositiveInt | None = 1
+    stage: Literal[0, 1, 2, 3] = 0
+    offload: bool = False
+    precision: Literal["fp32", "bf16"] | None = None
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "flash_attention_2", "eager"] | None = None
+    deepspeed: dict[str, Any] | None = None
+
+
 class RunSpec(Strict):
     """One run. Made by `from_config`; two runs with the same `id` give the same numbers."""
 
@@ -107,6 +159,7 @@ class RunSpec(Strict):
     lr: PositiveFloat
     seed: NonNegativeInt
     training: Training
+    trainer: Trainer = Trainer()
     content: dict[str, str] = {}  # sha256 of local folders that the run reads, by key
 
     @classmethod
@@ -120,8 +173,9 @@ class RunSpec(Strict):
         except OmegaConfBaseException as error:
             raise explain(error, [], RUN) from error
         values["scale"] = values["scale"]["name"]
-        for name in OUTSIDE_IDENTITY:
-            del values[name]
+        for key in OUTSIDE_IDENTITY:
+            *parents, last = key.split(".")
+            del reduce(getitem, parents, values)[last]
         values["content"] = _contents(values)
         try:
             spec = cls.model_validate(values)
@@ -134,6 +188,8 @@ class RunSpec(Strict):
                 f"method={spec.method.name} has no rank, so r={spec.r} can't be: leave r out, or choose "
                 f"a method that has one: python train.py method=lora r={spec.r}"
             )
+        if why := spec.method.cannot.get(spec.trainer.name):
+            raise UserError(f"method={spec.method.name} can't run under trainer={spec.trainer.name}: {why}")
         if spec.model.base:
             base = spec.base_spec()
             spec = spec.model_copy(update={"model": spec.model.model_copy(update={"base_id": base.id})})
@@ -153,13 +209,15 @@ class RunSpec(Strict):
 
     @property
     def id(self) -> str:
-        """`<scale>-<task>-<method>[-r<rank>]-s<seed>-<hash>`; the hash covers all but titles and sources."""
-        values = self.model_dump(mode="json")
+        """`<scale>-<task>-<method>[-r<rank>]-s<seed>-<hash>`; the hash covers all but words for the reader.
+
+        Fields at their default are left out of it, so that a field that is added later changes no earlier run's id.
+        """
+        values = self.model_dump(mode="json", exclude_defaults=True)
         for part in (values["method"], values["model"], values["task"]):
-            part.pop("title", None)
-            part.pop("source", None)
-        if not self.content:
-            del values["content"]
+            for words in ("title", "source", "cannot"):
+                part.pop(words, None)
+        values["model"].setdefault("base_id", None)  # older than this rule
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
         rank = "" if self.r is None else f"-r{self.r}"
