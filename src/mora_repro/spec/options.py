@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from ..errors import UserError
 from .run_spec import RunSpec, Strict, describe
@@ -18,7 +18,7 @@ class Options(Strict):
     out: str
     rerun: bool = False
     keep_checkpoints: PositiveInt = 2
-    logger: dict[str, Any] = {"name": "none"}
+    logger: dict[str, Any] = Field(default={"name": "none"})
     overrides: tuple[str, ...] = ()
 
     @classmethod
