@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,7 +42,10 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
 
 
 def computes_in_bf16(spec: RunSpec) -> bool:
-    """At scale paper, on a GPU that has it; mini is fp32 everywhere, so that its numbers can be compared."""
+    """As `trainer.precision` says; else at scale paper, on a GPU that has it. Mini is fp32 everywhere, so that its
+    numbers can be compared."""
+    if spec.trainer.precision:
+        return spec.trainer.precision == "bf16"
     return spec.scale == "paper" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
@@ -51,20 +55,29 @@ def load_base(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, weights: Path |
     Args:
         weights: folder of the trained base of a model made from scratch, or None.
 
-    Where it is computed in bfloat16, adapters take a bfloat16 base, and full training keeps fp32 weights.
+    Where it is computed in bfloat16, adapters take a bfloat16 base; full training keeps fp32 weights, which under ZeRO
+    are the optimizer's.
 
-    Raises UserError: a model that isn't there, or that is no causal language model.
+    Raises UserError: a model that isn't there, or that is no causal language model, or has not the attention asked for.
     """
-    dtype = torch.bfloat16 if computes_in_bf16(spec) and spec.method.peft else torch.float32
-    if weights is not None:
-        return AutoModelForCausalLM.from_pretrained(weights, dtype=dtype)
-    config = _config(spec, tokenizer)
-    if spec.model.pretrained is None:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    low = computes_in_bf16(spec) and (spec.method.peft or spec.trainer.stage)
+    how: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
+    if spec.trainer.attention:
+        how["attn_implementation"] = spec.trainer.attention
+    try:
+        if weights is not None:
+            return AutoModelForCausalLM.from_pretrained(weights, **how)
+        config = _config(spec, tokenizer)
+        if spec.model.pretrained is None:
+            return AutoModelForCausalLM.from_config(config, **how)
+    except ImportError as error:
+        raise _no_attention(spec, error) from error
     try:
         return AutoModelForCausalLM.from_pretrained(
-            spec.model.pretrained, revision=spec.model.revision, config=config, dtype=dtype
+            spec.model.pretrained, revision=spec.model.revision, config=config, **how
         )
+    except ImportError as error:
+        raise _no_attention(spec, error) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_found("model", spec.model.pretrained, error) from error
 
@@ -96,6 +109,13 @@ def _config(spec: RunSpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrai
             f"model, and the tasks generate text. Choose one such as a LLaMA, or the built-in one: model=mini"
         )
     return config
+
+
+def _no_attention(spec: RunSpec, error: ImportError) -> UserError:
+    return UserError(
+        f"trainer.attention={spec.trainer.attention} can't be had here: {str(error).splitlines()[0]}. "
+        f"PyTorch's own, which uses flash kernels on GPUs: trainer.attention=sdpa"
+    )
 
 
 def _not_found(what: str, source: str, error: Exception) -> UserError:

@@ -44,5 +44,10 @@ def _refused(spec: RunSpec, error: BaseException) -> UserError:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trainable, sum(parameter.numel() for parameter in model.parameters())
+    # Of a parameter that ZeRO 3 has sharded, `ds_numel` is the whole's.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def changes_base(spec: RunSpec) -> bool:
+    return spec.method.merge is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -135,6 +136,7 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
 
     A UserError or an error of Hydra's is printed without a traceback, and the status is 2.
     """
+    interrupts_by_every_signal()
     # Errors reach us instead of being printed by Hydra.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     status: list[int] = []
@@ -169,6 +171,16 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
         print(f"interrupted; the same command{without} goes on where it was.", file=sys.stderr)
         sys.exit(INTERRUPTED)
     sys.exit(max(status, default=0))
+
+
+def interrupts_by_every_signal() -> None:
+    """SIGTERM and SIGUSR1 (of Slurm, before a time limit) raise KeyboardInterrupt, as SIGINT does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, interrupt)
 
 
 def _exit(error: UserError) -> None:

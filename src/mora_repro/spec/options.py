@@ -43,6 +43,7 @@ class RunFile(Strict):
 
     spec: RunSpec
     options: Options
+    need_weights: bool = False  # a record alone does not do
 
     @classmethod
     def load(cls, path: Path) -> RunFile:

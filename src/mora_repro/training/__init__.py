@@ -1,5 +1,15 @@
-"""Training with transformers' Trainer: checkpoints, resume, graceful stop, progress."""
+"""Training with transformers' Trainer and DeepSpeed: processes, checkpoints, merges, resume, progress."""
 
-from .train import Outcome, train
+from .launch import build_extensions, launch, processes_wanted, report_error
+from .train import Outcome, batch_shape, train, training_arguments
 
-__all__ = ["Outcome", "train"]
+__all__ = [
+    "Outcome",
+    "batch_shape",
+    "build_extensions",
+    "launch",
+    "processes_wanted",
+    "report_error",
+    "train",
+    "training_arguments",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,27 +12,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
+from .. import distributed
 from ..data.task import IGNORED, Example
-from ..methods import computes_in_bf16
+from ..errors import Diverged, UserError
+from ..methods import changes_base, computes_in_bf16
 from ..spec import RunSpec
-from .callbacks import (
-    EvaluateAt,
-    GracefulStop,
-    MetricsFile,
-    NoCheckpointAtTheEnd,
-    ProgressLine,
-    SealCheckpoints,
-    last_checkpoint,
-)
+from ..spec.options import Options
+from ..spec.run_spec import Training
+from .callbacks import EvaluateAt, GracefulStop, MetricsFile, NoCheckpointAtTheEnd, ProgressLine
+from .checkpoints import last_checkpoint, read_tensors, save_trained, seal, write_tensors
+from .loggers import logger_callback
+from .merging import Merging
+from .optimizer import parameter_groups, with_restarts
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a training gave. `log` is the Trainer's history, whole also after a resume; `seconds` and
-    `tokens` are those of this process, evaluations not counted."""
+    `tokens` (of all processes) are those since this start, evaluations not counted."""
 
     finished: bool
     log: list[dict[str, Any]]
@@ -39,8 +41,78 @@ class Outcome:
     tokens: int
 
 
+def batch_shape(recipe: Training, processes: int) -> tuple[int, int]:
+    """(samples at a time, accumulation) of a process, so that a step has `batch_size` samples of all processes.
+
+    At a time it takes as many as divide evenly, at most `micro_batch_size`.
+
+    Raises UserError where the processes can't share the batch evenly.
+    """
+    if recipe.batch_size % processes:
+        divisors = [n for n in range(1, recipe.batch_size + 1) if recipe.batch_size % n == 0]
+        near = min(divisors, key=lambda n: abs(n - processes))
+        multiple = processes * max(1, round(recipe.batch_size / processes))
+        raise UserError(
+            f"training.batch_size={recipe.batch_size} can't be shared by {processes} processes. Take "
+            f"trainer.processes={near}, or a batch that {processes} divides: training.batch_size={multiple}"
+        )
+    share = recipe.batch_size // processes
+    largest = min(recipe.micro_batch_size or share, share)
+    micro = next(n for n in range(largest, 0, -1) if share % n == 0)
+    return micro, share // micro
+
+
+def training_arguments(spec: RunSpec, work: Path) -> TrainingArguments:
+    """transformers' arguments. Under ZeRO 3 a model is sharded as it is loaded while these exist.
+
+    Raises UserError: a batch that the processes can't share.
+    """
+    recipe = spec.training
+    cuda = torch.cuda.is_available()
+    micro, accumulation = batch_shape(recipe, distributed.size())
+    arguments = TrainingArguments(
+        output_dir=str(work / "checkpoints"),
+        max_steps=recipe.steps or -1,
+        num_train_epochs=recipe.epochs or 1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=spec.lr,
+        lr_scheduler_type=recipe.schedule,
+        lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"}
+        if recipe.decay_steps
+        else {},
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        optim="adamw_torch_fused" if cuda and not spec.trainer.offload else "adamw_torch",
+        bf16=computes_in_bf16(spec),
+        use_cpu=not cuda,
+        gradient_checkpointing=spec.trainer.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        deepspeed=spec.trainer.deepspeed,
+        ddp_backend=("nccl" if cuda else "gloo") if distributed.size() > 1 else None,
+        ddp_find_unused_parameters=False,
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # else a NaN would be logged as a loss of 0
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else the Trainer multiplies the batch by the number of GPUs
+    return arguments
+
+
 def train(
     spec: RunSpec,
+    options: Options,
+    arguments: TrainingArguments,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
@@ -49,83 +121,80 @@ def train(
 ) -> Outcome:
     """Train `model` in place and save it to `work/model` when finished.
 
-    Goes on from the last whole checkpoint in `work/checkpoints`, which stay there. SIGINT or SIGTERM finish the step,
-    save a checkpoint, and return with `finished` false. Raises Diverged where the loss is not finite.
+    Goes on from the last whole checkpoint in `work/checkpoints`, which stay there. SIGINT, SIGTERM or SIGUSR1 finish
+    the step, save a checkpoint, and return with `finished` false. Raises Diverged where the loss is not finite.
     """
-    recipe = spec.training
-    cuda = torch.cuda.is_available()
-    micro = recipe.micro_batch_size or recipe.batch_size
-    arguments = TrainingArguments(
-        output_dir=str(work / "checkpoints"),
-        max_steps=recipe.steps or -1,
-        num_train_epochs=recipe.epochs or 1,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=recipe.batch_size // micro,
-        learning_rate=spec.lr,
-        lr_scheduler_type=recipe.schedule,
-        lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"}
-        if recipe.decay_steps
-        else {},
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        optim="adamw_torch_fused" if cuda else "adamw_torch",
-        bf16=computes_in_bf16(spec),
-        use_cpu=not cuda,
-        logging_steps=recipe.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # else a NaN would be logged as a loss of 0
-        save_strategy="steps",
-        save_steps=recipe.save_every,
-        save_total_limit=2,
-        seed=spec.seed,
-        data_seed=spec.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=cuda,
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # else the Trainer multiplies the batch by the number of GPUs
     stop = GracefulStop()
+    merging = Merging(spec, model) if spec.method.merge else None
     trainer = TaskTrainer(
         model=model,
         args=arguments,
         train_dataset=examples,  # a list is a map-style dataset
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[
-            EvaluateAt(recipe.evaluate_at),
-            MetricsFile(work / "metrics.jsonl"),
+            EvaluateAt(spec.training.evaluate_at),
             NoCheckpointAtTheEnd(),
-            SealCheckpoints(),
-            ProgressLine(spec),
             stop,
+            *([merging] if merging else []),
         ],
     )
-    trainer.evaluate_task = evaluate
+    trainer.spec, trainer.evaluate_task = spec, evaluate
+    trainer.keep_checkpoints, trainer.merging = options.keep_checkpoints, merging
+    if distributed.is_main():
+        trainer.add_callback(MetricsFile(work / "metrics.jsonl"))
+        trainer.add_callback(ProgressLine(spec, lambda: trainer.tokens_seen))
+    if logger := logger_callback(options.logger, spec, work):
+        trainer.add_callback(logger)
+    trainer.add_callback(Restored(trainer))
     trainer.remove_callback(PrinterCallback)  # the Trainer's own printing; ProgressLine takes its place
     set_seed(spec.seed)
     checkpoint = last_checkpoint(work / "checkpoints")
+    trainer.checkpoint = checkpoint
     start = time.monotonic()
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start - trainer.evaluation_seconds
     finished = trainer.state.global_step >= trainer.state.max_steps
     if finished:
-        # Beside and renamed: weights that stand in `model` are whole.
-        partial = work / "model.partial"
-        trainer.save_model(str(partial))
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(work / "model", ignore_errors=True)
-        partial.rename(work / "model")
-    return Outcome(finished, trainer.state.log_history, seconds, trainer.tokens_seen)
+        save_trained(model, tokenizer, work / "model", as_a_whole_model=spec.method.peft is None or changes_base(spec))
+    return Outcome(finished, trainer.state.log_history, seconds, sum(distributed.gather(trainer.tokens_seen)))
 
 
 class TaskTrainer(Trainer):
-    """Trainer whose evaluation is the task's own, logged under `eval_`."""
+    """Trainer whose evaluation is the task's own, logged under `eval_`, and whose checkpoints are whole or not there.
 
+    A checkpoint also holds what transformers' does not: the base after merges, and the loss since the last log, so that
+    the log of a resumed run is that of one that never stopped.
+    """
+
+    spec: RunSpec
     evaluate_task: Callable[[], dict[str, float]]
+    keep_checkpoints: int
+    merging: Merging | None
+    checkpoint: Path | None
     evaluation_seconds = 0.0
     tokens_seen = 0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            assert self.model is not None
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+            decayed = self.get_decay_parameter_names(self.model)
+            groups = parameter_groups(
+                self.model, self.spec.method, self.spec.lr, self.spec.training.weight_decay, decayed
+            )
+            self.optimizer = kind(groups, **arguments)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if self.merging:
+            assert isinstance(schedule, LambdaLR)
+            self.lr_scheduler = with_restarts(schedule, self.merging.schedule)
+            return self.lr_scheduler
+        return schedule
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         start = time.monotonic()
@@ -138,6 +207,69 @@ class TaskTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.tokens_seen += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        refuse_no_number(logs.get("loss", 0.0), self.state.global_step, self.spec.lr)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_deepspeed_enabled:
+            return  # its checkpoint has the weights too
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        since_log = distributed.gather(self._tr_loss.item())
+        refuse_no_number(sum(since_log), self.state.global_step, self.spec.lr)
+        folder = Path(str(self.args.output_dir))
+        partial = folder.with_name("checkpoint.partial")
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        distributed.barrier()
+        self.args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(folder)
+        name = f"checkpoint-{self.state.global_step}"
+        state = self.merging.state() if self.merging else {}
+        if distributed.is_main():
+            write_tensors(partial / name, state)
+            loss = {"since_log": since_log, "last_logged": self._globalstep_last_logged}
+            (partial / name / "loss.json").write_text(json.dumps(loss))
+        distributed.barrier()
+        if distributed.is_main():
+            seal(partial / name, folder / name, self.keep_checkpoints)
+            partial.rmdir()
+        distributed.barrier()
+
+    def restore(self) -> None:
+        """What `_save_checkpoint` added, after the Trainer has restored its own."""
+        if self.checkpoint is None:
+            return
+        loss = json.loads((self.checkpoint / "loss.json").read_text())
+        self._tr_loss += loss["since_log"][distributed.rank()]
+        self._globalstep_last_logged = loss["last_logged"]
+        if self.merging and self.merging.merges_before(self.state.global_step):
+            self.merging.load_state(read_tensors(self.checkpoint, ("base", "momentum", "masters")))
+
+
+class Restored(TrainerCallback):
+    """Hands the trainer its turn once it has restored a checkpoint's other parts."""
+
+    def __init__(self, trainer: TaskTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.restore()
+
+
+def refuse_no_number(loss: float, step: int, lr: float) -> None:
+    """Raises Diverged for a loss that is not finite; the checkpoint before stays."""
+    if not torch.isfinite(torch.tensor(loss)):
+        raise Diverged(
+            f"the loss is {loss} at step {step}: the learning rate is too high for this method. "
+            f"Try a lower one: lr={lr / 3:.1g}"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,181 @@
+"""Start the processes of a run on this machine, and see them through.
+
+They get torchrun's variables, but torchrun itself is not used: it kills its workers half a minute after a signal, and
+a step of a large model with its checkpoint may take longer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from ..errors import UserError
+from ..spec import INTERRUPTED, RunSpec
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 10  # for the others to end once one has failed: most do, as it no longer answers
+ERROR_FILE = "MORA_ERROR_FILE"
+
+
+def processes_wanted(spec: RunSpec) -> int:
+    """How many processes a run has on this machine: as asked, or one per GPU, or one."""
+    return spec.trainer.processes or torch.cuda.device_count() or 1
+
+
+def build_extensions() -> None:
+    """Have DeepSpeed's extension for CPUs compiled, once; workers load it.
+
+    Raises UserError where there is no compiler.
+    """
+    if torch.cuda.is_available():
+        return  # on GPUs, torch's AdamW and NCCL need none
+    # A folder of our own: DeepSpeed waits for ever on the lock that a build leaves behind when it is killed.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mora-repro"
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"torch{torch.__version__}"))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with FileLock(cache / "build.lock"):
+        if list(Path(folder).rglob("*/deepspeed_shm_comm*.so")):
+            return
+        if shutil.which("g++") is None:
+            raise UserError(
+                "DeepSpeed compiles an extension for CPUs, and there is no g++. On Debian or Ubuntu: "
+                "apt-get install g++. Without DeepSpeed: trainer=ddp"
+            )
+        for stale in Path(folder).rglob("lock"):
+            stale.unlink()
+        print("compiling DeepSpeed's extension for CPUs, once: a minute or so ...", file=sys.stderr, flush=True)
+        # In a process of its own, since loading it changes this one.
+        program = (
+            "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder; Builder().load(verbose=False)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"DeepSpeed's extension for CPUs could not be compiled:\n{done.stderr[-2000:]}")
+
+
+def launch(arguments: list[str], processes: int, logs: Path) -> int:
+    """Run `python <arguments>` in so many processes; returns 0, INTERRUPTED, or 1 after an error that is shown.
+
+    Rank 0 has this process's stderr, all else goes to `logs/rank-<n>.log`. Signals are passed on. When one fails, all
+    end.
+
+    Raises UserError with the error of the process that failed first, where it reported one.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    errors = [logs / f"error-{rank}.json" for rank in range(processes)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        workers: list[subprocess.Popen[bytes]] = []
+        signals = stack.enter_context(_signals_go_to(workers))
+        stack.callback(lambda: _end(workers))
+        for rank, error in enumerate(errors):
+            error.unlink(missing_ok=True)
+            log = stack.enter_context((logs / f"rank-{rank}.log").open("ab"))
+            variables = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": processes,
+                "LOCAL_WORLD_SIZE": processes,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                ERROR_FILE: error,
+            }
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env={"OMP_NUM_THREADS": str(threads)} | os.environ | {k: str(v) for k, v in variables.items()},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,  # of libraries; what is for the user goes to stderr
+                    stderr=None if rank == 0 else log,
+                    start_new_session=True,  # the terminal's ctrl-C comes to this process alone, which passes it on
+                )
+            )
+        statuses = _wait(workers)
+    reported = [json.loads(path.read_text()) | {"rank": rank} for rank, path in enumerate(errors) if path.exists()]
+    if reported:
+        first = min(reported, key=lambda error: error["time"])
+        where = f"rank {first['rank']} of {processes}: " if processes > 1 else ""
+        if first["user_error"]:
+            raise UserError(where + first["message"])
+        print(f"{first['traceback']}error: {where}{first['message']} (logs: {logs})", file=sys.stderr)
+        return 1
+    if signals:
+        return INTERRUPTED
+    if any(status < 0 for status in statuses):
+        rank = next(rank for rank, status in enumerate(statuses) if status < 0)
+        number = signal.Signals(-statuses[rank])
+        raise UserError(
+            f"rank {rank} of {processes} was ended by {number.name}"
+            f"{', as the kernel does when memory is short' if number == signal.SIGKILL else ''}. "
+            f"The same command goes on from the last checkpoint; logs: {logs}"
+        )
+    return max(statuses)
+
+
+def report_error(error: BaseException, traceback: str) -> bool:
+    """In a worker: leave the error for `launch`, which shows the first; False where `launch` did not start this."""
+    if ERROR_FILE not in os.environ:
+        return False
+    user_error = isinstance(error, UserError)
+    message = str(error) if user_error else f"{type(error).__name__}: {error}"
+    report = {"time": time.time(), "user_error": user_error, "message": message, "traceback": traceback}
+    Path(os.environ[ERROR_FILE]).write_text(json.dumps(report))
+    return True
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit statuses, once all have ended; after a failure the rest gets a moment, and is ended then."""
+    deadline = None
+    while any(worker.poll() is None for worker in workers):
+        if deadline is None and any(worker.returncode not in (None, 0, INTERRUPTED) for worker in workers):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            _end(workers)
+        time.sleep(POLL_SECONDS)
+    return [worker.returncode for worker in workers]
+
+
+def _end(workers: list[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.kill()
+    for worker in workers:
+        worker.wait()
+
+
+@contextmanager
+def _signals_go_to(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Within: SIGINT, SIGTERM and SIGUSR1 are for the workers, which save and end; yields those that came."""
+    came: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        came.append(number)
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    before: dict[int, Callable[..., Any] | int | None] = {
+        number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,2 @@
+def logger_callback(logger, spec, work):
+    return None
