@@ -58,13 +58,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def join() -> None:
-    """Meet the other processes; from here on they can talk."""
+def join(deepspeed: bool) -> None:
+    """Meet the other processes; from here on they can talk, through DeepSpeed too where it is used."""
     global _control
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend)
+    if deepspeed:
+        from deepspeed import init_distributed
+
+        init_distributed(backend, verbose=False)
     # Of the CPU, so that a word between processes does not wait for the GPU's queue.
     _control = dist.new_group(backend="gloo", timeout=PATIENCE)
 

@@ -62,8 +62,7 @@ def main(config: DictConfig) -> int:
     show_warnings()
     spec = RunSpec.from_config(config)
     options = Options.from_config(config, list(HydraConfig.get().overrides.task))
-    if started_by_a_launcher():
-        return as_one_of_many(spec, options)
+    launched = started_by_a_launcher()  # before anything is said, since rank 0 alone speaks
     for notice in spec.notices():
         say(notice)
     store = Store(options.out)
@@ -73,9 +72,8 @@ def main(config: DictConfig) -> int:
             say(f"this run finished on {record.started[:10]}: {shown(record)}\nrecord: {path}")
             say("run it again: the same command with rerun=true, or out=<folder>")
             return 0
-    if (status := start(spec, options)) == 0:
-        record = store.load(spec.id)
-        assert record
+    status = as_one_of_many(spec, options) if launched else start(spec, options)
+    if status == 0 and (record := store.load(spec.id)):
         say(f"finished: {shown(record)}\nrecord:  {store.record_path(spec.id)}")
         say(f"weights: {store.work(spec.id) / 'model'}")
     return status
@@ -103,7 +101,7 @@ def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) 
             for name in VARIABLES:  # alone without DeepSpeed: as if no launcher had been there, to the bit
                 os.environ.pop(name, None)
             return INTERRUPTED if run(spec, options, need_weights).status == "interrupted" else 0
-        join()
+        join(deepspeed=spec.trainer.stage > 0)
         record = run(spec, options, need_weights)
         leave()
         return INTERRUPTED if record.status == "interrupted" else 0
@@ -144,7 +142,8 @@ def run(spec: RunSpec, options: Options, need_weights: bool = False) -> Record:
             work.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_alone_with(work.with_suffix(".lock"), spec))
             if options.rerun:
-                shutil.rmtree(work, ignore_errors=True)
+                for name in ("checkpoints", "checkpoint.partial", "initial", "model"):
+                    shutil.rmtree(work / name, ignore_errors=True)
                 store.record_path(spec.id).unlink(missing_ok=True)
             finished = store.finished(spec.id)
             write_atomically(work / "spec.json", spec.model_dump_json(indent=1) + "\n")

@@ -37,8 +37,17 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.weight": base_weight(layer) for name, layer in adapted_layers(model).items()}
 
 
-def why_not(model: nn.Module) -> str | None:
-    """What keeps the adapter of a model from being merged and started anew; None where nothing does."""
+def refuse_no_merge(spec: RunSpec, model: nn.Module) -> None:
+    """Raises UserError where a method changes the base and its adapter can't be merged into it."""
+    if why := _why_not(model):
+        raise UserError(
+            f"method={spec.method.name} changes the base, so that its adapter is merged into it: at the latest to save "
+            f"it. That takes plain LoRA or MoRA on a base that is not quantised, and {why}. What changes the base is "
+            f"method.merge, or method.peft.init_lora_weights"
+        )
+
+
+def _why_not(model: nn.Module) -> str | None:
     layers = adapted_layers(model)
     others = {
         type(layer).__name__
@@ -59,8 +68,6 @@ class Merging(TrainerCallback):
 
     Rank 0 computes, the others receive: all have the same weights to the bit. New LoRA matrices are a function of the
     run's seed and of the number of the merge, so that a resumed run draws the same.
-
-    Raises UserError where the model has layers that can't be merged and started anew.
     """
 
     def __init__(self, spec: RunSpec, model: nn.Module):
@@ -71,11 +78,6 @@ class Merging(TrainerCallback):
         self.optimizer: Any = None  # known once training begins
         self.last: dict[str, Tensor] = {}  # with momentum: what was merged last, on rank 0
         self.masters: dict[str, Tensor] = {}  # fp32 weights on rank 0
-        if why := why_not(model):
-            raise UserError(
-                f"method.merge of method={spec.method.name} needs plain LoRA or MoRA on a base that is not quantised, "
-                f"and {why}. Without merges: method.merge=null"
-            )
 
     def merges_before(self, step: int) -> int:
         """How many merges there were up to a step."""
@@ -100,7 +102,7 @@ class Merging(TrainerCallback):
                 weight = base_weight(layer)
                 with written_by_main([weight, *_adapter_of(layer)]):
                     if distributed.is_main():
-                        self._add(name, weight, cast(Any, layer).get_delta_weight(ADAPTER))
+                        self._add(name, weight, _delta(layer))
                         _start_anew(layer)
         self._choose_grouping(number)
 
@@ -136,14 +138,19 @@ class Merging(TrainerCallback):
 def merge_for_good(model: nn.Module) -> None:
     """Add every LoRA's or MoRA's update to its weight, for saving; the adapter is not to be used afterwards."""
     for layer in adapted_layers(model).values():
-        with written_by_main([base_weight(layer), *_adapter_of(layer)]):
+        weight = base_weight(layer)
+        with written_by_main([weight, *_adapter_of(layer)]), torch.no_grad():
             if distributed.is_main():
-                layer.merge()
+                weight.copy_(weight.float() + _delta(layer).float())
 
 
 def hash_of(seed: int, number: int) -> int:
     """A seed for a merge's new matrices."""
     return (seed * 1_000_003 + number) % 2**63
+
+
+def _delta(layer: LoraLayer | MoraLayer) -> Tensor:
+    return cast(Any, layer).get_delta_weight(ADAPTER)  # of the classes for linear layers, not of LoraLayer
 
 
 def _adapter_of(layer: BaseTunerLayer) -> list[Tensor]:

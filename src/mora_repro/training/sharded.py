@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import distributed
+
+
+@contextmanager
+def _gathered(parameters: Sequence[Tensor], writer: int | None) -> Iterator[None]:
+    """Within: shards are put together; afterwards they are as rank `writer` left them."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=writer):
+        yield
+    # Small parameters are kept whole between steps. Found in shards, they would be fetched out of turn, and DeepSpeed
+    # takes that for a model that has changed.
+    if kept := [parameter for parameter in parameters if parameter.ds_persist]:  # type: ignore[attr-defined]
+        kept[0].all_gather(kept)  # type: ignore[attr-defined]
 
 
 def _is_sharded(parameters: Sequence[Tensor]) -> bool:
@@ -19,12 +32,7 @@ def _is_sharded(parameters: Sequence[Tensor]) -> bool:
 @contextmanager
 def whole(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Within: the parameters are whole on every rank, for reading."""
-    if _is_sharded(parameters):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(parameters)):
-            yield
-    else:
+    with _gathered(parameters, None) if _is_sharded(parameters) else nullcontext():
         yield
 
 
@@ -32,9 +40,7 @@ def whole(parameters: Sequence[Tensor]) -> Iterator[None]:
 def written_by_main(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Within: the parameters are whole; afterwards every rank has what rank 0 wrote into them."""
     if _is_sharded(parameters):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        with _gathered(parameters, 0):
             yield
         return
     yield

@@ -26,7 +26,7 @@ from ..spec.run_spec import Training
 from .callbacks import EvaluateAt, GracefulStop, MetricsFile, NoCheckpointAtTheEnd, ProgressLine
 from .checkpoints import last_checkpoint, read_tensors, save_trained, seal, write_tensors
 from .loggers import logger_callback
-from .merging import Merging
+from .merging import Merging, refuse_no_merge
 from .optimizer import parameter_groups, with_restarts
 
 
@@ -124,6 +124,8 @@ def train(
     Goes on from the last whole checkpoint in `work/checkpoints`, which stay there. SIGINT, SIGTERM or SIGUSR1 finish
     the step, save a checkpoint, and return with `finished` false. Raises Diverged where the loss is not finite.
     """
+    if changed := changes_base(spec):
+        refuse_no_merge(spec, model)
     stop = GracefulStop()
     merging = Merging(spec, model) if spec.method.merge else None
     trainer = TaskTrainer(
@@ -156,7 +158,7 @@ def train(
     seconds = time.monotonic() - start - trainer.evaluation_seconds
     finished = trainer.state.global_step >= trainer.state.max_steps
     if finished:
-        save_trained(model, tokenizer, work / "model", as_a_whole_model=spec.method.peft is None or changes_base(spec))
+        save_trained(model, tokenizer, work / "model", as_a_whole_model=spec.method.peft is None or changed)
     return Outcome(finished, trainer.state.log_history, seconds, sum(distributed.gather(trainer.tokens_seen)))
 
 
