@@ -11,35 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 
 from mora_repro.data.task import IGNORED, Example
-from mora_repro.results.records import Record, Store
+from mora_repro.errors import UserError
+from mora_repro.results.records import Store
 from mora_repro.run import run
 from mora_repro.spec import RunSpec, compose_config
-from mora_repro.training.callbacks import SEAL, last_checkpoint
+from mora_repro.spec.options import Options
+from mora_repro.training.checkpoints import last_checkpoint, seal
 from mora_repro.training.train import Collator
-
-
-def only_record(out: Path) -> Record:
-    [record] = Store(out).load_all()[0]
-    return record
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    [path] = (out / "work").glob("*/model/*.safetensors")
-    return load_file(path)
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    one, two = only_record(first), only_record(second)
-    assert one.status == two.status == "finished"
-    assert one.id == two.id
-    assert one.curve == two.curve and one.evaluations == two.evaluations and one.metrics == two.metrics
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow
@@ -92,11 +74,11 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command, tmp_path
     )
     run_id = RunSpec.from_config(compose_config([f"method={method}", *TINY, *steps])).id
     deadline = time.monotonic() + 120
-    while last_sealed(cut / "work" / run_id / "checkpoints") < 8 and time.monotonic() < deadline:
+    while last_step(cut / "work" / run_id / "checkpoints") < 8 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
     process.communicate()
-    assert last_sealed(cut / "work" / run_id / "checkpoints") >= 8, "the signal came after the run's end"
+    assert last_step(cut / "work" / run_id / "checkpoints") >= 8, "the signal came after the run's end"
     if number != signal.SIGKILL:
         assert process.returncode == 130
         assert only_record(cut).status == "interrupted"
@@ -109,8 +91,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command, tmp_path
     assert_same_run(whole, cut)
 
 
-def last_sealed(checkpoints: Path) -> int:
-    return max((int(path.parent.name.split("-")[1]) for path in checkpoints.glob(f"*/{SEAL}")), default=0)
+def last_step(checkpoints: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in checkpoints.glob("checkpoint-*")), default=0)
 
 
 @pytest.mark.slow
@@ -125,9 +107,9 @@ def test_a_run_stopped_while_it_saves_its_weights_does_not_train_a_step_too_many
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.Trainer.save_model", stopped)
+        patch.setattr("mora_repro.training.train.save_trained", stopped)
         with pytest.raises(KeyboardInterrupt):
-            run(spec, store, arguments)
+            run(spec, Options(out=str(cut)))
     assert store.load(spec.id) is None and not (store.work(spec.id) / "model").exists()
     command("train.py", *arguments, f"out={cut}")
     assert_same_run(whole, cut)
@@ -156,18 +138,12 @@ def test_an_interrupt_ends_a_multirun(tmp_path):
     arguments = [sys.executable, "train.py", "-m", "method=lora,mora", *TINY, "training.steps=400", f"out={tmp_path}"]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("work/*/checkpoints/*/complete")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("work/*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 130 and said.count("the same command goes on where it was") == 1
     assert only_record(tmp_path).status == "interrupted"
-
-
-def test_a_launcher_of_several_processes_is_refused(command, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = command("train.py", "method=lora", *TINY, f"out={tmp_path}", check=False)
-    assert done.returncode == 2 and "takes one process so far" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -248,15 +224,21 @@ def test_the_collator_pads_on_the_right_and_masks_the_padding():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_the_last_whole_checkpoint_is_taken_and_torn_ones_are_removed(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, whole in ((9, True), (10, True), (11, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if whole:
-            (folder / SEAL).touch()
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert not (tmp_path / "checkpoint-11").exists()
+def test_the_last_whole_checkpoint_is_taken_and_torn_ones_are_removed(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    assert last_checkpoint(folder) is None
+    for step in (8, 9, 10):
+        partial = tmp_path / "partial"
+        partial.mkdir()
+        (partial / "weights").write_bytes(b"12345")
+        seal(partial, folder / f"checkpoint-{step}", keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+    (folder / "checkpoint-10" / "weights").write_bytes(b"123")
+    assert last_checkpoint(folder).name == "checkpoint-9"
+    assert not (folder / "checkpoint-10").exists()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"at step 9 with 1 processes, and 4 .*trainer.processes=1, or .*rerun=true"):
+        last_checkpoint(folder)
 
 
 @pytest.mark.slow

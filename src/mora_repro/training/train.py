@@ -152,6 +152,8 @@ def train(
     set_seed(spec.seed)
     checkpoint = last_checkpoint(work / "checkpoints")
     trainer.checkpoint = checkpoint
+    if checkpoint:
+        distributed.say(f"going on from step {checkpoint.name.split('-')[1]}")
     start = time.monotonic()
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
