@@ -6,6 +6,7 @@ import pty
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,20 +104,33 @@ def events(work: Path) -> dict[str, dict[int, float]]:
     return found
 
 
-def records(folder: Path) -> list:
-    """The records in wandb's file: a header of 7 bytes, then LevelDB's log format, of protobuf messages."""
+def wandb_records(work: Path) -> list:
+    """What an offline run of wandb kept, whole: its own process may still be at it."""
+    [path] = work.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60
+    while not any(kind(record) == "exit" for record in records(path)):
+        assert time.monotonic() < deadline, "wandb did not finish"
+        time.sleep(0.05)
+    return records(path)
+
+
+def kind(record) -> str:
+    return record.WhichOneof("record_type")
+
+
+def records(path: Path) -> list:
+    """Of wandb's file: a header of 7 bytes, then LevelDB's log format, of protobuf messages."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    [path] = folder.glob("*.wandb")
     data, at, found, part = path.read_bytes(), 7, [], b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # no header starts so near to the end of a block
             at += 32768 - at % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        _, length, place = struct.unpack("<IHB", data[at : at + 7])
         part += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if place in (1, 4) and at <= len(data):  # whole, or the last part
             found.append(Record.FromString(part))
             part = b""
     return found
@@ -125,7 +139,7 @@ def records(folder: Path) -> list:
 def history(kept: list) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for record in kept:
-        if record.WhichOneof("record_type") == "history":
+        if kind(record) == "history":
             items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             for name, value in items.items():
                 if not name.startswith("_"):
@@ -155,17 +169,15 @@ def test_wandb_offline_has_the_logs_and_the_spec_and_no_secret(tmp_path, monkeyp
     monkeypatch.setenv("WANDB_API_KEY", secret)
     monkeypatch.setenv("HF_TOKEN", secret)
     logs = train(tmp_path, WANDB)
-    [folder] = (tmp_path / "wandb").glob("offline-run-*")
-    kept = records(folder)
-    [run] = [record.run for record in kept if record.WhichOneof("record_type") == "run"][:1]
+    kept = wandb_records(tmp_path)
+    run = next(record.run for record in kept if kind(record) == "run")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert {name: config[name] for name in SPEC.model_dump(mode="json")} == SPEC.model_dump(mode="json")
     assert run.run_id == SPEC.id and run.project == "mora"
     assert history(kept) == points(logs)
-    [end] = [record.exit.exit_code for record in kept if record.WhichOneof("record_type") == "exit"]
-    assert end == 0
+    assert [record.exit.exit_code for record in kept if kind(record) == "exit"] == [0]
     # Neither code nor output nor secrets are kept.
-    assert not any(record.WhichOneof("record_type") in ("output", "output_raw") for record in kept)
+    assert not any(kind(record) in ("output", "output_raw") for record in kept)
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
     assert not any(secret.encode() in path.read_bytes() for path in files)
     assert not any(path.suffix in (".py", ".patch") for path in files)
@@ -179,8 +191,7 @@ def test_wandb_is_closed_when_a_run_is_interrupted_or_fails(tmp_path, how, statu
         train(tmp_path, WANDB, how)
     except FloatingPointError:
         assert type(how) is Fails
-    [folder] = (tmp_path / "wandb").glob("offline-run-*")
-    assert [r.exit.exit_code for r in records(folder) if r.WhichOneof("record_type") == "exit"] == [status]
+    assert [record.exit.exit_code for record in wandb_records(tmp_path) if kind(record) == "exit"] == [status]
 
 
 def warnings(text: str) -> list[str]:
@@ -227,6 +238,7 @@ def test_a_logger_that_fails_in_the_middle_is_one_warning_and_off(tmp_path, capf
 
 ONLINE = """
 import sys
+import time
 from pathlib import Path
 sys.path.insert(0, "tests/training")
 import test_loggers
