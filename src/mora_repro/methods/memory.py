@@ -6,11 +6,11 @@ divides the last, stage 2 also the second, stage 3 also the first by the number 
                         frozen    trained: weight  gradient  states (two moments; master weight)
     plain, ddp   fp32   4                  4       4         4 + 4
                  bf16   2                  4       4         4 + 4      trained in fp32 under autocast
-    ZeRO         fp32   4                  4       4         4 + 4 + 4  the last not at stage 3 on the GPU
+    ZeRO         fp32   4                  4       4         4 + 4 + 4  the master weight also where it is the same
                  bf16   2                  2       2         4 + 4 + 4
+    offloaded                                                + 4        a second gradient, in fp32
 
-The master weights are as in DeepSpeed 0.19: stages 1 and 2 keep a copy also of fp32 weights, stage 3 only where it
-offloads. Offloaded, all of it lies in the machine's memory.
+Offloaded, all of it lies in the machine's memory. What DeepSpeed keeps is as measured with version 0.19.
 
 Activations, buffers for communication, and what a library keeps for itself come on top: what does not fit by these
 numbers does not fit, and what fits may still be too large.
@@ -53,17 +53,16 @@ def bytes_per_process(spec: RunSpec, model: nn.Module, processes: int) -> int:
 
 def _bytes(spec: RunSpec, model: nn.Module, processes: int) -> int:
     trained, total = count_parameters(model)
-    stage, offload = spec.trainer.stage, spec.trainer.offload
-    bf16 = precision(spec) == "bf16"
+    stage, bf16 = spec.trainer.stage, precision(spec) == "bf16"
     weight = gradient = 2 if bf16 and stage else 4
     frozen = 2 if bf16 else 4
-    master = 4 if stage in (1, 2) or (stage == 3 and (bf16 or offload)) else 0
+    states = 8 + (4 if stage else 0) + (4 if spec.trainer.offload else 0)
 
     def shared(number: int, from_stage: int) -> int:
         return -(-number // processes) if stage >= from_stage else number
 
     weights = frozen * shared(total - trained, 3) + weight * shared(trained, 3)
-    return weights + gradient * shared(trained, 2) + (8 + master) * shared(trained, 1)
+    return weights + gradient * shared(trained, 2) + states * shared(trained, 1)
 
 
 def needed_gb(spec: RunSpec, model: nn.Module, processes: int) -> float:
