@@ -159,7 +159,7 @@ def test_mistakes_are_named_and_leave_nothing_behind(command, tmp_path):
     command("train.py", "method=lora", *TINY, f"out={out}")
     record = only_record(out)
 
-    def refused(**keys: str) -> str:
+    def refused(**keys: str | bool) -> str:
         before = {path.name for path in tmp_path.iterdir()}
         with pytest.raises(UserError) as caught:
             main(OmegaConf.create({"run": "???", "merge": False, "to": None, "out": str(out), **keys}))
@@ -175,7 +175,11 @@ def test_mistakes_are_named_and_leave_nothing_behind(command, tmp_path):
     (tmp_path / "file").touch()
     assert "can't be written" in refused(run=record.id, to=str(tmp_path / "file" / "x"))
     store = Store(out)
-    shutil.rmtree(store.work(record.id) / "model")
+    model = store.work(record.id) / "model"
+    (model / "adapter_model.safetensors").write_bytes(b"torn")
+    said = refused(run=record.id, merge=True, to=str(tmp_path / "to"))
+    assert f"the adapter in {model} are loaded, and that fails" in said and "merge=false" in said
+    shutil.rmtree(model)
     assert f"{record.command} out={out} rerun=true" in refused(run=record.id)
     store.save(record.model_copy(update={"status": "interrupted"}))
     assert "has not finished (its status: interrupted)" in refused(run=record.id)

@@ -149,15 +149,15 @@ def _merged(spec: RunSpec, adapter: Path, base: str) -> PreTrainedModel:
     """The base with the adapter merged into its weights, in the dtype in which it is stored."""
     if module := _registers(spec):
         importlib.import_module(module)
+    alone = f"Export the adapter as it is: merge=false (method={spec.method.name})"
     try:
         model = AutoModelForCausalLM.from_pretrained(base, revision=spec.model.revision, dtype="auto")
-    except (OSError, ValueError) as error:
+        adapted = PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{spec.name} can't be merged without its base {base}, which can't be loaded: {str(error).splitlines()[0]} "
-            f"The adapter alone can be exported: merge=false"
+            f"to merge, the base {base} and the adapter in {adapter} are loaded, and that fails: {reason}. {alone}"
         ) from error
-    adapted = PeftModel.from_pretrained(model, adapter)
-    alone = f"Export the adapter as it is: merge=false (method={spec.method.name})"
     if not hasattr(type(adapted.base_model), "merge_and_unload"):  # it is the bare model where prompts are learned
         raise UserError(f"{spec.name} can't be merged: it changes no weight of the model. {alone}")
     try:
