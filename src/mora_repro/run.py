@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
@@ -40,7 +41,15 @@ from .distributed import (
 )
 from .errors import Diverged, UserError
 from .evaluation import evaluate, prompt_room
-from .methods import apply_method, count_parameters, load_base, load_tokenizer, on_meta_device
+from .methods import (
+    apply_method,
+    count_parameters,
+    load_base,
+    load_tokenizer,
+    needed_gb,
+    on_meta_device,
+    refuse_what_does_not_fit,
+)
 from .results.environment import describe_environment, peak_memory_mb
 from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store, write_atomically
 from .spec import INTERRUPTED, RunSpec
@@ -72,19 +81,20 @@ def main(config: DictConfig) -> int:
             say(f"this run finished on {record.started[:10]}: {shown(record)}\nrecord: {path}")
             say("run it again: the same command with rerun=true, or out=<folder>")
             return 0
-    status = as_one_of_many(spec, options) if launched else start(spec, options)
+    processes = size() if launched else processes_wanted(spec)
+    batch_shape(spec.training, processes)
+    _refuse_this_machine(spec, processes)
+    status = as_one_of_many(spec, options) if launched else start(spec, options, processes)
     if status == 0 and (record := store.load(spec.id)):
         say(f"finished: {shown(record)}\nrecord:  {store.record_path(spec.id)}")
         say(f"weights: {store.work(spec.id) / 'model'}")
     return status
 
 
-def start(spec: RunSpec, options: Options) -> int:
+def start(spec: RunSpec, options: Options, processes: int) -> int:
     """Run a spec, here or in processes of its own where it takes several or DeepSpeed; the exit status."""
-    processes = processes_wanted(spec)
     if processes == 1 and not spec.trainer.stage:
         return INTERRUPTED if run(spec, options).status == "interrupted" else 0
-    batch_shape(spec.training, processes)  # its error before any process starts
     store = Store(options.out)
     work = store.work(spec.id)
     with store.explained():
@@ -129,7 +139,6 @@ def run(spec: RunSpec, options: Options, need_weights: bool = False) -> Record:
 
     Raises UserError: what the run needs is not there, or the output folder can't be written.
     """
-    _refuse_this_machine(spec)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where installed, warns that it has to find that out
     transformers_logging.set_verbosity_error()
@@ -350,23 +359,19 @@ def _base_overrides(spec: RunSpec, overrides: list[str]) -> list[str]:
     return ["method=fft", f"task={spec.model.base}", f"scale={spec.scale}", *model]
 
 
-def _refuse_this_machine(spec: RunSpec) -> None:
-    if spec.scale == "paper" and not torch.cuda.is_available():
-        raise UserError(_what_paper_scale_needs(spec))
-
-
-def _what_paper_scale_needs(spec: RunSpec) -> str:
-    """Why paper scale does not run here: the memory it takes, and the command that works instead."""
+def _refuse_this_machine(spec: RunSpec, processes: int) -> None:
+    """Raises UserError where the run's scale needs a GPU and there is none, or where it does not fit into memory."""
+    cuda = torch.cuda.is_available()
     model = apply_method(on_meta_device(spec), spec)
-    trainable, total = count_parameters(model)
-    # bf16 base; of what is trained: fp32 weights, gradients and AdamW's two moments (fft keeps no other copy).
-    gigabytes = (16 * trainable + 2 * (total - trainable)) / 1e9
-    mini = f"python train.py method={spec.method.name} task={spec.task['name']} scale=mini"
-    return (
-        f"scale=paper needs a CUDA GPU, and torch {torch.__version__} finds none. {spec.model.title} with "
-        f"{spec.name} takes about {gigabytes:.0f} GB of GPU memory for "
-        f"weights, gradients and optimizer, before activations. What runs here: {mini}"
-    )
+    if spec.scale == "paper" and not cuda:
+        raise UserError(
+            f"scale=paper needs a CUDA GPU, and torch {torch.__version__} finds none. {spec.model.title} with "
+            f"{spec.name} takes about {needed_gb(spec, model, processes):.0f} GB of GPU memory for weights, gradients and "
+            f"optimizer, before activations. What runs here: "
+            f"python train.py method={spec.method.name} task={spec.task['name']} scale=mini"
+        )
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().available
+    refuse_what_does_not_fit(spec, model, processes, memory, "cuda" if cuda else "cpu")
 
 
 def _refuse_full_disk(store: Store, work: Path, trainable: int) -> None:

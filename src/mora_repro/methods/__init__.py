@@ -1,6 +1,7 @@
 """From a RunSpec to a trainable model: the base model, its tokenizer, and the method on top."""
 
 from .base import computes_in_bf16, load_base, load_tokenizer, on_meta_device
+from .memory import needed_gb, refuse_what_does_not_fit
 from .method import apply_method, changes_base, count_parameters
 
 __all__ = [
@@ -10,5 +11,7 @@ __all__ = [
     "count_parameters",
     "load_base",
     "load_tokenizer",
+    "needed_gb",
     "on_meta_device",
+    "refuse_what_does_not_fit",
 ]

@@ -38,7 +38,7 @@ MACHINE = "this machine's memory", "it has free"
 
 def precision(spec: RunSpec) -> Literal["bf16", "fp32"]:
     """What a run computes in on this machine."""
-    return spec.trainer.precision or ("bf16" if computes_in_bf16(spec) else "fp32")
+    return "bf16" if computes_in_bf16(spec) else "fp32"
 
 
 def bytes_per_process(spec: RunSpec, model: nn.Module, processes: int) -> int:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ..errors import UserError, did_you_mean
+from .secrets import refuse_secrets
 
 ROOT = Path(__file__).resolve().parents[3]
 CONF = ROOT / "conf"
@@ -153,6 +154,7 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
             raise KeyboardInterrupt  # the other runs of a multirun are not started
 
     try:
+        refuse_secrets(sys.argv[1:])
         if config == RUN:
             arguments, notice = resolve_scale(sys.argv[1:])
             # Overrides first: Hydra's parser takes no flag between them.

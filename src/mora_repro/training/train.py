@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def train(
         trainer.add_callback(MetricsFile(work / "metrics.jsonl"))
         trainer.add_callback(ProgressLine(spec, lambda: trainer.tokens_seen))
     if logger := logger_callback(options.logger, spec, work):
-        trainer.add_callback(logger)
+        trainer.add_callback(logger)  # after the metrics file
     trainer.add_callback(Restored(trainer))
     trainer.remove_callback(PrinterCallback)  # the Trainer's own printing; ProgressLine takes its place
     set_seed(spec.seed)
@@ -155,7 +156,7 @@ def train(
     if checkpoint:
         distributed.say(f"going on from step {checkpoint.name.split('-')[1]}")
     start = time.monotonic()
-    with stop.listening():
+    with stop.listening(), logger or nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start - trainer.evaluation_seconds
     finished = trainer.state.global_step >= trainer.state.max_steps
