@@ -59,6 +59,7 @@ from .training import (
     batch_shape,
     build_extensions,
     launch,
+    logger_callback,
     processes_wanted,
     report_error,
     train,
@@ -82,7 +83,8 @@ def main(config: DictConfig) -> int:
             say("run it again: the same command with rerun=true, or out=<folder>")
             return 0
     processes = size() if launched else processes_wanted(spec)
-    batch_shape(spec.training, processes)
+    batch_shape(spec.training, processes)  # for their errors, before anything starts
+    logger_callback(options.logger, spec, store.work(spec.id))
     _refuse_this_machine(spec, processes)
     status = as_one_of_many(spec, options) if launched else start(spec, options, processes)
     if status == 0 and (record := store.load(spec.id)):
@@ -366,8 +368,8 @@ def _refuse_this_machine(spec: RunSpec, processes: int) -> None:
     if spec.scale == "paper" and not cuda:
         raise UserError(
             f"scale=paper needs a CUDA GPU, and torch {torch.__version__} finds none. {spec.model.title} with "
-            f"{spec.name} takes about {needed_gb(spec, model, processes):.0f} GB of GPU memory for weights, gradients and "
-            f"optimizer, before activations. What runs here: "
+            f"{spec.name} takes about {needed_gb(spec, model, processes):.0f} GB of GPU memory for weights, gradients "
+            f"and optimizer, before activations. What runs here: "
             f"python train.py method={spec.method.name} task={spec.task['name']} scale=mini"
         )
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().available

@@ -1,6 +1,7 @@
 """Training with transformers' Trainer and DeepSpeed: processes, checkpoints, merges, resume, progress."""
 
 from .launch import build_extensions, launch, processes_wanted, report_error
+from .loggers import logger_callback
 from .train import Outcome, batch_shape, train, training_arguments
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     "batch_shape",
     "build_extensions",
     "launch",
+    "logger_callback",
     "processes_wanted",
     "report_error",
     "train",
