@@ -1,10 +1,11 @@
 """From a RunSpec to a trainable model: the base model, its tokenizer, and the method on top."""
 
 from .base import computes_in_bf16, load_base, load_tokenizer, on_meta_device
-from .method import apply_method, count_parameters
+from .method import apply_method, changes_base, count_parameters
 
 __all__ = [
     "apply_method",
+    "changes_base",
     "computes_in_bf16",
     "count_parameters",
     "load_base",
