@@ -71,7 +71,7 @@ class Linear(nn.Module, HoulsbyLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: HoulsbyConfig) -> None:
         super().__init__()
         if not isinstance(base_layer, nn.Linear):
-            raise TypeError(f"A Houlsby adapter stands behind a torch.nn.Linear, not a {type(base_layer).__name__}.")
+            raise TypeError(f"A Houlsby adapter stands behind a torch.nn.Linear, got {type(base_layer).__name__}.")
         self.base_layer = base_layer
         self.houlsby_down = nn.ModuleDict({})
         self.houlsby_up = nn.ModuleDict({})
