@@ -37,8 +37,9 @@ def prompt_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task
 
 def _prompts(model: PreTrainedModel) -> list[PromptLearningConfig]:
     """The configs of the adapters that put virtual tokens in front of the input."""
-    configs = model.peft_config.values() if isinstance(model, PeftModel) else []
-    return [config for config in configs if isinstance(config, PromptLearningConfig)]
+    if not isinstance(model, PeftModel):
+        return []
+    return [config for config in model.peft_config.values() if isinstance(config, PromptLearningConfig)]
 
 
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from peft import AdaLoraModel, PeftModel
+from peft import AdaLoraConfig, AdaLoraModel, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -42,10 +42,8 @@ class AllocateRank(TrainerCallback):
 def allocator_state(model: nn.Module) -> dict[str, Tensor]:
     """What the allocation of ranks has learned so far: `<kind>/<parameter>`, and which ranks are left."""
     tuner = _tuner(model)
-    state = {
-        f"{kind}/{name}": value for kind in AVERAGES for name, value in getattr(tuner.rankallocator, kind).items()
-    }
-    pattern = tuner.peft_config[tuner.trainable_adapter_name].rank_pattern or {}
+    state = {f"{kind}/{name}": value for kind in AVERAGES for name, value in getattr(tuner.rankallocator, kind).items()}
+    pattern = _config(tuner).rank_pattern or {}
     return state | {f"{PATTERN}/{name}": torch.tensor(kept, dtype=torch.bool) for name, kept in pattern.items()}
 
 
@@ -63,8 +61,12 @@ def load_allocator_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         getattr(tuner.rankallocator, kind)[name] = value.to(devices[name])
         # Written anew at each step; that there is one says that the averages are there.
         tuner.rankallocator.ipt[name] = torch.zeros_like(value, device=devices[name])
-    tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = pattern or None
+    _config(tuner).rank_pattern = pattern or None
 
 
 def _tuner(model: nn.Module) -> AdaLoraModel:
     return cast(AdaLoraModel, cast(PeftModel, model).base_model)
+
+
+def _config(tuner: AdaLoraModel) -> AdaLoraConfig:
+    return cast(AdaLoraConfig, tuner.peft_config[tuner.trainable_adapter_name])

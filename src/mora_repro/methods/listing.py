@@ -6,11 +6,11 @@ import csv
 import warnings
 from pathlib import Path
 
-import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from ..spec import CONF, RunSpec, compose_config
+from ..spec import RunSpec, compose_config
 from ..spec.compose import METHODS_CSV, off_budget, options
 from .base import on_meta_device
 from .method import apply_method, count_parameters
@@ -24,10 +24,10 @@ def main() -> int:
     write(METHODS_CSV, rows)
     table = Table("method", *(f"r={r}" for r in RANKS), "source", title="trainable parameters on LLaMA-2 7B")
     for row in rows:
-        table.add_row(row["method"], *(_shown(row, r) for r in RANKS), row["source"])
+        table.add_row(str(row["method"]), *(_shown(row, r) for r in RANKS), str(row["source"]))
     console = Console()
     console.print(table)
-    lora = ", ".join(f"{rows[0][f'lora_r{r}']:,} at r={r}" for r in RANKS)
+    lora = " and ".join(f"{rows[0][f'lora_r{r}']:,} at r={r}" for r in RANKS)
     console.print(f"LoRA has {lora}. †: more than 2 % off LoRA's at the same r\nwritten: {METHODS_CSV}")
     return 0
 
@@ -40,11 +40,11 @@ def methods() -> list[dict[str, str | int]]:
     lora = {r: trainable("lora", r) for r in RANKS}
     rows: list[dict[str, str | int]] = []
     for name in options("method"):
-        settings = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
-        row: dict[str, str | int] = {"method": name, "title": settings["title"], "source": settings["source"]}
-        named = (settings["peft"] or {}).get("_target_") != "???"
+        method = compose_config([f"method={name}", "task=uuid", "scale=paper"]).method
+        row: dict[str, str | int] = {"method": name, "title": method.title, "source": method.source}
+        any_peft = method.peft is not None and OmegaConf.is_missing(method.peft, "_target_")
         for r in RANKS:
-            row[f"r{r}"] = trainable(name, r if settings["ranked"] else None) if named else ""
+            row[f"r{r}"] = "" if any_peft else trainable(name, r if method.ranked else None)
             row[f"lora_r{r}"] = lora[r]
         rows.append(row)
     return rows

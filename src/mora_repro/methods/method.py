@@ -87,17 +87,15 @@ def _set_apart(model: nn.Module, spec: RunSpec) -> None:
 
 def _named(model: nn.Module, key: str, field: str, spec: RunSpec) -> list[nn.Parameter]:
     """The adapter's parameters whose name contains `key`. Raises UserError where there are none."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     adapter = {
-        f"{name}.{own}": parameter
-        for name, layer in layers.items()
+        f"{name}.{own}": (own.split(".")[0], parameter)
+        for name, layer in _adapted(model)
         for own, parameter in layer.named_parameters()
         if not own.startswith("base_layer.")
     }
-    found = [parameter for name, parameter in adapter.items() if key in name]
+    found = [parameter for name, (_, parameter) in adapter.items() if key in name]
     if not found:
-        parts = sorted({own.split(".")[0] for layer in layers.values() for own, _ in layer.named_parameters()})
-        parts = [part for part in parts if part != "base_layer"]
+        parts = sorted({part for part, _ in adapter.values()})
         raise UserError(
             f"method.{field}=[{key}]: no parameter of the adapter has {key!r} in its name."
             f"{did_you_mean(key, parts)} There are: {', '.join(parts)}."
@@ -106,16 +104,15 @@ def _named(model: nn.Module, key: str, field: str, spec: RunSpec) -> list[nn.Par
 
 
 def _check_rank(model: nn.Module, config: PeftConfig, spec: RunSpec) -> None:
-    """An error, or at scale mini a warning, where r is above the size of an adapted layer.
+    """An error, or at scale mini a warning, where r is above what the rank of an adapted layer's weight can be.
 
-    There two factors of rank r have more parameters than the weight. MoRA and MiSS look after themselves.
+    Of the methods whose r is the rank of two factors; MoRA has such a check of its own.
     """
     if spec.r is None or not isinstance(config, LoraConfig | HiraConfig):
         return
     sides = {
-        name.removeprefix("base_model.model."): min(layer.in_features, layer.out_features)
-        for name, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer)
+        name.removeprefix("base_model.model."): min(cast(int, layer.in_features), cast(int, layer.out_features))
+        for name, layer in _adapted(model)
     }
     small = [name for name, side in sides.items() if side < spec.r]
     if not small:
@@ -123,8 +120,17 @@ def _check_rank(model: nn.Module, config: PeftConfig, spec: RunSpec) -> None:
     others = f" and {len(small) - 1} more" if len(small) > 1 else ""
     said = f"r={spec.r} is above the size of {small[0]} ({sides[small[0]]}){others}"
     if spec.scale == "paper":
-        raise UserError(f"method={spec.method.name}: {said}; no rank can be. The largest is r={min(sides.values())}")
-    warnings.warn(f"{said}: the update has no higher rank than that, and more parameters.", stacklevel=3)
+        raise UserError(
+            f"method={spec.method.name}: {said}, and the rank of an update can't be higher than that. The largest "
+            f"that can: r={min(sides.values())}"
+        )
+    warnings.warn(f"{said}: the update's rank stays below r there, though not its parameters.", stacklevel=3)
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that have an adapter, by name."""
+    layers = model.named_modules()  # BaseTunerLayer is a mixin and no nn.Module
+    return [(name, cast(nn.Module, layer)) for name, layer in layers if isinstance(layer, BaseTunerLayer)]
 
 
 def _refuse_checkpointing(config: PeftConfig, spec: RunSpec) -> None:
@@ -142,7 +148,9 @@ def _refused(spec: RunSpec, error: BaseException, layers: list[str] | None = Non
     where = f" (method.peft: {given})" if isinstance(error, TypeError) else ""
     if layers and "not found in the base model" in str(error):
         kinds = dict.fromkeys(name.split(".")[-1] for name in layers)
-        where = f" Linear layers of this model: {', '.join(kinds)}; or all of them: method.peft.target_modules=all-linear"
+        where = (
+            f" Linear layers of this model: {', '.join(kinds)}; or all of them: method.peft.target_modules=all-linear"
+        )
     return UserError(f"method={spec.method.name}: {error}{where}")
 
 
