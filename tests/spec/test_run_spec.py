@@ -237,7 +237,7 @@ def test_a_run_is_shown_whole_also_with_flags_before_overrides(command, argument
 def test_help_lists_the_keys_and_their_choices(command):
     text = command("train.py", "--help").stdout
     for word in [
-        "fft, lora, mora",
+        "Jiang et al. 2024",
         "gsm8k, gsm8k_base, uuid",
         "llama2_7b",
         "seed",

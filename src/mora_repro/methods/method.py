@@ -147,10 +147,8 @@ def _refused(spec: RunSpec, error: BaseException, layers: list[str] | None = Non
     given = ", ".join(f"{key}={value!r}" for key, value in (spec.method.peft or {}).items() if key != "_target_")
     where = f" (method.peft: {given})" if isinstance(error, TypeError) else ""
     if layers and "not found in the base model" in str(error):
-        kinds = dict.fromkeys(name.split(".")[-1] for name in layers)
-        where = (
-            f" Linear layers of this model: {', '.join(kinds)}; or all of them: method.peft.target_modules=all-linear"
-        )
+        kinds = ", ".join(dict.fromkeys(name.split(".")[-1] for name in layers))
+        where = f" Its linear layers: {kinds}; all of them: method.peft.target_modules=all-linear"
     return UserError(f"method={spec.method.name}: {error}{where}")
 
 
