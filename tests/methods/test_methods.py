@@ -323,10 +323,11 @@ def test_virtual_tokens_take_positions(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in options("method") if name not in ("fft", "peft")])
 def test_a_whole_run_learns_generates_and_can_be_loaded(command, tmp_path, method):
-    arguments = [f"method={method}", "r=2", *TINY, "trainer=plain"]
+    arguments = [f"method={method}", "r=2", *TINY, "training.steps=30", "trainer=plain"]
     command("train.py", *arguments, f"out={tmp_path}")
     [record] = Store(tmp_path).load_all()[0]
-    assert record.curve.loss[-1] < record.curve.loss[0]
+    # By epochs of three steps, since batches differ by more than some methods learn on random weights.
+    assert sum(record.curve.loss[-3:]) < sum(record.curve.loss[:3])
     assert record.status == "finished" and 0 <= record.metrics["char_accuracy"] <= 100
     if not changes_base(record.spec):
         [folder] = (tmp_path / "work").glob("*/model")
