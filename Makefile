@@ -8,7 +8,7 @@ export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format search table2 report clean distclean
+.PHONY: help setup demo test test-fast lint format search table2 report methods clean distclean
 
 help: ## this list
 	@echo "Targets (they set up $(VENV) first where it is missing):"
@@ -56,6 +56,9 @@ table2: $(VENV)/installed ## Table 2 and Figures 2 and 3 at scale mini, three se
 
 report: $(VENV)/installed ## tables and figures from the records in results/
 	@$(BIN)/python scripts/report.py
+
+methods: $(VENV)/installed ## all methods with their parameters on LLaMA-2 7B (results/methods.csv)
+	@$(BIN)/python scripts/methods.py
 
 clean: ## remove working files and the demo's output; records, tables and the environment stay
 	rm -rf results/demo results/work .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -13,27 +13,27 @@ from .operators import Grouping, get_operator
 PEFT_TYPE = "MORA"
 
 
-def add_peft_type() -> None:
-    """Add the member MORA to PEFT's enum of methods, which has no hook for methods from outside.
+def add_peft_type(name: str = PEFT_TYPE) -> None:
+    """Add a member to PEFT's enum of methods, which has no hook for methods from outside.
 
-    Raises ImportError where PEFT has a MORA of its own: two methods can't share the name that adapters are saved
+    Raises ImportError where PEFT has a member of that name: two methods can't share the name that adapters are saved
     under, and taking it over would break adapters of PEFT's.
     """
-    if PEFT_TYPE in PeftType.__members__:
-        if not hasattr(PeftType[PEFT_TYPE], "added_by_mora"):
+    if name in PeftType.__members__:
+        if not hasattr(PeftType[name], "added_by_mora"):
             raise ImportError(
-                f"This version of PEFT ({peft.__version__}) has a method {PEFT_TYPE} of its own, which package `mora` "
+                f"This version of PEFT ({peft.__version__}) has a method {name} of its own, which this project's "
                 f"would collide with. Use PEFT's, or an earlier version of PEFT: pip install 'peft<{peft.__version__}'."
             )
         return
-    member = str.__new__(PeftType, PEFT_TYPE)
-    member._name_ = PEFT_TYPE
-    member._value_ = PEFT_TYPE
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
     member.added_by_mora = True  # type: ignore[attr-defined]
-    PeftType._member_names_.append(PEFT_TYPE)
-    PeftType._member_map_[PEFT_TYPE] = member
-    PeftType._value2member_map_[PEFT_TYPE] = member
-    type.__setattr__(PeftType, PEFT_TYPE, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
 
 
 add_peft_type()

@@ -62,6 +62,7 @@ from .training import (
     logger_callback,
     processes_wanted,
     report_error,
+    steps_of,
     train,
     training_arguments,
 )
@@ -214,7 +215,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         arguments = training_arguments(spec, work)  # before the model, so that ZeRO 3 shards it from the first moment
         say(_how_it_runs(spec, arguments))
         set_seed(spec.seed)
-        model = apply_method(load_base(spec, tokenizer, base_weights), spec)
+        steps = steps_of(spec.training, len(data.examples))
+        model = apply_method(load_base(spec, tokenizer, base_weights), spec, steps)
         prompt_room(cast(PreTrainedModel, model), tokenizer, task)  # before hours of training, not after
         trainable, total = count_parameters(model)
         say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import ROOT
 
 from mora_repro.errors import UserError
+from mora_repro.results.records import Store
 from mora_repro.run import _base_overrides
 from mora_repro.spec import CONF, RunSpec, compose_config
 from mora_repro.spec.compose import find_row, options, resolve_scale
 from mora_repro.spec.run_spec import _folder_sha256
+from mora_repro.spec.table import load_table
 
 SHARED_RECIPES = CONF.parents[1] / "shared" / "paper" / "recipes.yaml"
 
@@ -22,9 +25,10 @@ def spec(*overrides: str) -> RunSpec:
 @pytest.mark.parametrize("task", ["uuid", "gsm8k"])
 @pytest.mark.parametrize("method", options("method"))
 def test_every_method_composes_with_every_task_at_every_scale(scale, task, method):
-    run = spec(f"scale={scale}", f"task={task}", f"method={method}")
+    needed = {"peft": ["method.peft._target_=peft.IA3Config"], "adalora": ["trainer=ddp"]}.get(method, [])
+    run = spec(f"scale={scale}", f"task={task}", f"method={method}", *needed)
     assert (run.scale, run.task["name"], run.method.name) == (scale, task, method)
-    assert (run.r is None) == (method == "fft")
+    assert (run.r is None) == (method in ("fft", "peft"))
     assert run.model.name == {"mini": "mini", "paper": "llama2_7b"}[scale]
 
 
@@ -90,6 +94,29 @@ def test_the_identity_covers_the_result_and_nothing_else():
     assert base.id.startswith("mini-uuid-lora-r4-s0-")
 
 
+@pytest.mark.parametrize("scale", options("scale"))
+def test_merges_follow_the_recipe(scale):
+    run = spec(f"scale={scale}", "method=remora")
+    assert (run.method.merge.every, run.method.merge.restart_warmup) == {"paper": (2000, 50), "mini": (100, 10)}[scale]
+    assert run.method.merge.groupings == (("strided", "strided"), ("blocked", "blocked"))
+    with pytest.raises(UserError, match=r"restart_warmup=\d+ must be less than method.merge.every=5"):
+        spec(f"scale={scale}", "method=relora", "method.merge.every=5")
+
+
+@pytest.mark.parametrize(("r", "times"), [(1, 2), (2, 3), (3, 5), (4, 6), (256, 384)])
+def test_adalora_starts_with_half_more_ranks(r, times):
+    assert spec("method=adalora", f"r={r}").method.peft["init_r"] == times
+
+
+def test_the_committed_records_are_found_again():
+    records, problems = Store(ROOT / "results").load_all()
+    assert records and not problems
+    assert [record.id for record in records] == [record.spec.id for record in records]
+    known = {record.id for record in records}
+    for cell in load_table("2").cells("mini"):
+        assert {cell.spec(seed).id for seed in range(3)} <= known
+
+
 def test_the_identity_covers_the_base_that_the_model_starts_from():
     run = spec("method=mora", "r=4")
     assert run.model.base_id == run.base_spec().id
@@ -141,7 +168,7 @@ def test_scale_auto_is_paper_in_a_slurm_job_and_mini_without_a_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("method=moar", ["method=moar is not known", "Did you mean mora", "fft, lora, mora"]),
+        ("method=moar", ["method=moar is not known", "Did you mean mora", "fft, hira, lora, lora_plus, miss, mora"]),
         ("task=uid", ["task=uid is not known", "Did you mean uuid", "gsm8k"]),
         ("scale=min", ["scale=min is not known", "Did you mean mini", "auto"]),
         ("model=lama2_7b", ["Did you mean llama2_7b"]),
@@ -210,7 +237,7 @@ def test_a_run_is_shown_whole_also_with_flags_before_overrides(command, argument
 def test_help_lists_the_keys_and_their_choices(command):
     text = command("train.py", "--help").stdout
     for word in [
-        "fft, lora, mora",
+        "Jiang et al. 2024",
         "gsm8k, gsm8k_base, uuid",
         "llama2_7b",
         "seed",

@@ -25,7 +25,7 @@ IDS = torch.arange(4, 24)[None]
 
 
 def master(parameter):
-    """The fp32 value from which the optimizer goes on, as DeepSpeed's own function reads it; of torch, the parameter."""
+    """The fp32 value from which the optimizer goes on, as DeepSpeed reads it; of torch, the parameter."""
     if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -39,6 +39,10 @@ def moments(parameter, optimizer):
 
         return [safe_get_full_optimizer_state(parameter, name).clone() for name in ("exp_avg", "exp_avg_sq")]
     return [optimizer.state[parameter][name].clone() for name in ("exp_avg", "exp_avg_sq")]
+
+
+def largest_moment(parameters, optimizer):
+    return max(float(moment.abs().max()) for p in parameters.values() for moment in moments(p, optimizer))
 
 
 def value(parameter):
@@ -70,9 +74,7 @@ class Watched(Merging):
         before = logits(self.model)
         kept = {n: (value(p), master(p), *moments(p, optimizer)) for n, p in others.items()}
         base = {n: value(layer.get_base_layer().weight) for n, layer in adapted_layers(self.model).items()}
-        self.seen["moments_before"] = max(
-            float(m.abs().max()) for p in adapters.values() for m in moments(p, optimizer)
-        )
+        self.seen["moments_before"] = largest_moment(adapters, optimizer)
         super().on_step_end(args, state, control, **kwargs)
         after = logits(self.model)
         self.start = {n: value(p) for n, p in adapters.items()}
@@ -85,13 +87,10 @@ class Watched(Merging):
                 for n, layer in adapted_layers(self.model).items()
             ),
             "masters_off": max(float((master(p) - self.start[n]).abs().max()) for n, p in adapters.items()),
-            "moments": max(float(m.abs().max()) for p in adapters.values() for m in moments(p, optimizer)),
+            "moments": largest_moment(adapters, optimizer),
             "others_untouched": all(torch.equal(a, b) for n in others for a, b in zip(kept[n], now[n], strict=True)),
             "others": len(others),
-            "same_on_all_ranks": len(
-                {str(v) for v in distributed.gather([float(t.sum()) for t in self.start.values()])}
-            )
-            == 1,
+            "same_on_all_ranks": len(set(distributed.gather(str([t.sum() for t in self.start.values()])))) == 1,
         }
 
 
@@ -120,7 +119,7 @@ def main() -> None:
         callbacks=[merging],
     )
     trainer.spec, trainer.merging, trainer.keep_checkpoints, trainer.checkpoint = spec, merging, 1, None
-    trainer.evaluate_task = dict
+    trainer.evaluate_task, trainer.allocates = dict, False
     trainer.train()
     merging.seen["lr"] = spec.lr
     if distributed.is_main():

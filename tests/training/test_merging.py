@@ -59,9 +59,8 @@ def look(folder: Path, processes: int, *overrides: str) -> dict:
 )
 def test_a_merge_keeps_the_function_and_restarts_the_adapter_alone(tmp_path, method, trainer, processes, precision):
     sharded = [SHARDED] if trainer == "zero3" else []
-    seen = look(
-        tmp_path, processes, f"method={method}", f"trainer={trainer}", f"trainer.precision={precision}", *sharded
-    )
+    how = [f"method={method}", f"trainer={trainer}", f"trainer.precision={precision}", *sharded]
+    seen = look(tmp_path, processes, *how)
     assert seen["moments_before"] > 0 and seen["base_moved"] > 0, "nothing was merged"
     assert seen["function_moved"] <= (1e-5 if precision == "fp32" else 0.02) * seen["logits"]
     assert seen["masters_off"] == 0 and seen["moments"] == 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +14,9 @@ from outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 
 from mora_repro.errors import UserError
+from mora_repro.results.records import Store
 from mora_repro.spec import RunSpec, compose_config
-from mora_repro.training import batch_shape
+from mora_repro.training import batch_shape, build_extensions
 
 MERGES = ["method.merge.every=5", "method.merge.restart_warmup=2"]
 METHODS = {"fft": [], "lora": [], "mora": [], "relora": MERGES, "remora": MERGES}
@@ -24,88 +24,109 @@ METHODS = {"fft": [], "lora": [], "mora": [], "relora": MERGES, "remora": MERGES
 SHARDED = "+trainer.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 
 
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory):
-    """The output folder of a method's run in one process without DeepSpeed, run once."""
-    folder = tmp_path_factory.mktemp("plain")
-
-    def run(method: str) -> Path:
-        out = folder / method
-        if not out.exists():
-            train(method, f"out={out}")
-        return out
-
-    return run
-
-
 def train(method: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "train.py", f"method={method}", *TINY, *METHODS.get(method, []), *overrides]
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "trainer",
-    [
-        ["trainer=ddp", "trainer.processes=2"],
-        ["trainer=zero1", "trainer.processes=2"],
-        ["trainer=zero2", "trainer.processes=2"],
-        ["trainer=zero3", "trainer.processes=2", SHARDED],
-        ["trainer=zero3"],
-    ],
-    ids=lambda trainer: "-".join(part.split("=")[1] for part in trainer),
-)
-def test_the_loss_is_that_of_one_process(plain, tmp_path, method, trainer):
-    done = train(method, *trainer, f"out={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    expected, ours = plain(method), tmp_path
-    one, other = only_record(expected), only_record(ours)
-    assert other.curve.step == one.curve.step and other.curve.lr == one.curve.lr
-    assert other.curve.loss == pytest.approx(one.curve.loss, abs=5e-6)
-    assert other.parameters == one.parameters and other.metrics == one.metrics
-    theirs = weights(expected)
-    for name, tensor in weights(ours).items():
-        torch.testing.assert_close(tensor, theirs[name], atol=2e-6, rtol=0)
+def many(folder: Path, processes: int, runs: list[dict]) -> None:
+    """Run many_runs.py in so many processes."""
+    build_extensions()
+    plan = folder / f"plan-{len(list(folder.iterdir()))}.json"
+    plan.write_text(json.dumps(runs))
+    program = [str(Path(__file__).with_name("many_runs.py")), str(plan)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    alone = processes == 1 and "trainer=plain" in runs[0]["overrides"]
+    command = [sys.executable, *([] if alone else launcher), *program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def overrides(method: str, *others: str) -> list[str]:
+    return [f"method={method}", *TINY, *METHODS[method], *others]
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """The output folders of every method's run in one process without DeepSpeed."""
+    folder = tmp_path_factory.mktemp("plain")
+    outs = {method: folder / method for method in METHODS}
+    many(folder, 1, [{"overrides": overrides(m, "trainer=plain"), "out": str(out)} for m, out in outs.items()])
+    return outs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "trainer", [["trainer=plain"], ["trainer=zero2"], ["trainer=zero3", SHARDED]], ids=lambda t: t[0]
+    ("trainer", "processes"),
+    [("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3", 1), ("zero3_offload", 2)],
 )
-@pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_goes_on_to_the_bit_from_before_at_and_after_a_merge(tmp_path, method, trainer):
-    """A run is killed with all checkpoints kept, and goes on from those around the merge at step 10."""
-    often = [*trainer, "training.steps=24", "training.save_every=1", "trainer.keep_checkpoints=100"]
+def test_the_losses_are_those_of_one_process(plain, tmp_path, trainer, processes):
+    sharded = [SHARDED] if trainer.startswith("zero3") else []
+    how = [f"trainer={trainer}", f"trainer.processes={processes}", *sharded]
+    many(tmp_path, processes, [{"overrides": overrides(m, *how), "out": str(tmp_path / m)} for m in METHODS])
+    for method in METHODS:
+        one, other = only_record(plain[method]), only_record(tmp_path / method)
+        assert other.curve.step == one.curve.step and other.curve.lr == one.curve.lr
+        assert other.curve.loss == pytest.approx(one.curve.loss, abs=5e-6), method
+        assert other.parameters == one.parameters and other.metrics == one.metrics
+        theirs = weights(plain[method])
+        for name, tensor in weights(tmp_path / method).items():
+            torch.testing.assert_close(tensor, theirs[name], atol=2e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trainer", "processes"), [("plain", 1), ("zero2", 2), ("zero3", 2)])
+def test_a_run_goes_on_to_the_bit_from_before_at_and_after_a_merge(tmp_path, trainer, processes):
+    often = ["training.save_every=1", f"trainer={trainer}", f"trainer.processes={processes}"]
+    often += [SHARDED] if trainer == "zero3" else []
+    runs = [{"overrides": overrides(m, *often), "out": str(tmp_path / m)} for m in METHODS]
+    again = [
+        {**run, "out": f"{run['out']}-from-{step}", "after": run["out"], "step": step}
+        for run, method in zip(runs, METHODS, strict=True)
+        for step in ((4, 5, 6) if METHODS[method] else (5,))
+    ]
+    many(tmp_path, processes, [*runs, *again])
+    for run in again:
+        assert_same_run(Path(run["after"]), Path(run["out"]))
+
+
+@pytest.mark.slow
+def test_a_run_under_zero_3_that_is_killed_leaves_no_process_and_goes_on_to_the_bit(tmp_path):
+    how = ["trainer=zero3", "trainer.processes=2", SHARDED, "training.steps=24", "training.save_every=1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = train(method, *often, f"out={whole}")
+    done = train("remora", *how, f"out={whole}")
     assert done.returncode == 0, done.stderr
-    arguments = [sys.executable, "train.py", f"method={method}", *TINY, *METHODS[method], *often, f"out={killed}"]
+    arguments = [sys.executable, "train.py", *overrides("remora", *how), f"out={killed}"]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list(killed.glob("work/*/checkpoints/checkpoint-11")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.kill()  # the workers end with it
+    children = children_of(process.pid)
+    process.kill()
     process.communicate()
+    assert len(children) == 2 and not any(is_running(child) for child in children)
     assert not list(killed.glob("runs/*")), "the kill came after the run's end"
-    for step in (9, 10, 11) if METHODS[method] else (10,):
-        out = tmp_path / f"from-{step}"
-        shutil.copytree(killed, out, ignore=later_than(step))
-        torn = next(out.glob("work/*/checkpoints")) / "checkpoint-12"
-        shutil.copytree(torn.with_name(f"checkpoint-{step}"), torn)
-        largest = max((path for path in torn.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-        os.truncate(largest, largest.stat().st_size // 2)
-        done = train(method, *often, f"out={out}")
-        assert done.returncode == 0, done.stderr
-        assert f"going on from step {step}" in done.stderr
-        assert_same_run(whole, out)
+    done = train("remora", *how, f"out={killed}")
+    assert done.returncode == 0 and "going on from step 1" in done.stderr, done.stderr
+    assert_same_run(whole, killed)
 
 
-def later_than(step: int):
-    def ignore(_: str, names: list[str]) -> list[str]:
-        return [name for name in names if name.startswith("checkpoint-") and int(name.split("-")[1]) > step]
+def children_of(process: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
 
-    return ignore
+
+def is_running(process: int) -> bool:
+    """Whether a process is there and not merely waiting for its parent to look at it; it gets a moment to end."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{process}/stat").read_text().split(") ")[1][0] == "Z":
+                return False
+        except OSError:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 @pytest.mark.slow
@@ -130,24 +151,20 @@ def test_a_signal_stops_all_processes_after_the_same_step(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_torchrun_is_joined_and_its_base_is_trained_by_rank_0(plain, tmp_path):
+def test_torchrun_is_joined_and_rank_0_trains_the_base(tmp_path):
     tiny = [override for override in TINY if override != "model.base=null"]
-    arguments = ["--standalone", "--nproc-per-node=2", "train.py", "method=lora", *tiny, "trainer=zero3", SHARDED]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *arguments, f"out={tmp_path}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("finished: ") == 1 and "on 2 CPU processes" in done.stderr
-    alone = tmp_path / "alone"
-    assert train("lora", "model.base=uuid_base", f"out={alone}").returncode == 0
-    ours = next(path for path in (tmp_path / "runs").glob("*-uuid-*"))
-    theirs = next(path for path in (alone / "runs").glob("*-uuid-*"))
-    one, other = (json.loads(path.read_text()) for path in (theirs, ours))
-    assert other["curve"]["loss"] == pytest.approx(one["curve"]["loss"], abs=5e-6)
-    assert other["data"]["base_sha256"] == one["data"]["base_sha256"]
+    joined, alone = tmp_path / "joined", tmp_path / "alone"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for out, command in ((joined, [*launcher, "train.py", "trainer=zero3", SHARDED]), (alone, ["train.py"])):
+        arguments = [sys.executable, *command, "method=lora", *tiny, f"out={out}"]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("finished: ") == 1
+        assert (f"on {2 if out == joined else 1} CPU process" in done.stderr) and "error" not in done.stderr
+    one, other = ({r.spec.task["name"]: r for r in Store(out).load_all()[0]} for out in (alone, joined))
+    assert one["uuid_base"].curve == other["uuid_base"].curve
+    assert one["uuid"].data == other["uuid"].data
+    assert other["uuid"].curve.loss == pytest.approx(one["uuid"].curve.loss, abs=5e-6)
 
 
 @pytest.mark.slow
@@ -168,12 +185,12 @@ def test_every_process_ends_where_one_is_killed(tmp_path):
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("work/*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = children_of(process.pid)
     assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(children[1], signal.SIGKILL)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and "rank 1 of 2" in said
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not any(is_running(child) for child in children)
 
 
 def spec(*overrides: str) -> RunSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PromptLearningConfig
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.task import Task, prompt_tokens
@@ -13,20 +13,33 @@ BATCH = 64
 
 
 def prompt_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> int | None:
-    """How many tokens a prompt may have beside the longest answer; None for a model without a limit.
+    """How many tokens a prompt may have beside the longest answer and the method's virtual tokens.
 
-    Raises UserError where that is none.
+    None for a model without a limit. Raises UserError where there is no room.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return None
     longest = task.longest_answer(tokenizer)
+    virtual = sum(config.num_virtual_tokens for config in _prompts(model))
     if longest >= positions:
         raise UserError(
             f"task={task.name} allows answers of {longest} tokens, and the model has {positions} positions for prompt "
             f"and answer together. Allow shorter ones: task.max_new_tokens={positions // 4}"
         )
-    return positions - longest
+    if virtual + longest >= positions:
+        raise UserError(
+            f"{virtual} virtual tokens and an answer of {longest} do not fit into the model's {positions} positions. "
+            f"Take fewer of them: r={(positions - longest) // 2 or 1}"
+        )
+    return positions - longest - virtual
+
+
+def _prompts(model: PreTrainedModel) -> list[PromptLearningConfig]:
+    """The configs of the adapters that put virtual tokens in front of the input."""
+    if not isinstance(model, PeftModel):
+        return []
+    return [config for config in model.peft_config.values() if isinstance(config, PromptLearningConfig)]
 
 
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:

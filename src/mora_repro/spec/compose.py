@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .secrets import refuse_secrets
 ROOT = Path(__file__).resolve().parents[3]
 CONF = ROOT / "conf"
 RUN = CONF / "config.yaml"
+METHODS_CSV = ROOT / "results" / "methods.csv"  # written by scripts/methods.py
 INTERRUPTED = 130  # the exit status of what was stopped and can go on
 
 
@@ -86,8 +88,43 @@ def _default_rank(*, _root_: DictConfig) -> int | None:
     return _root_.scale.ranks.low if _root_.method.ranked else None
 
 
+def _refers_to_r(*, _root_: DictConfig) -> bool:
+    """`${refers_to_r:}`: whether an argument of the method's PEFT config mentions r, so that a rank has a meaning."""
+    return "${r}" in str(OmegaConf.to_container(_root_.method.peft, resolve=False))
+
+
+def _times_r(factor: float, *, _root_: DictConfig) -> int:
+    """`${times_r:1.5}`: r times a factor, rounded to the nearest rank and at least 1."""
+    return max(1, math.floor(_root_.r * factor + 0.5))
+
+
+def off_budget(row: Mapping[str, str | int], r: int) -> bool:
+    """Whether a row of METHODS_CSV has more than 2 % more or less parameters than a LoRA of rank r."""
+    return row["method"] != "fft" and abs(int(row[f"r{r}"]) / int(row[f"lora_r{r}"]) - 1) > 0.02
+
+
+def _methods(r: int) -> str:
+    """`${methods:8}`: a line per method with its trainable parameters at that r, from METHODS_CSV; "-" if not there."""
+    rows = {}
+    if METHODS_CSV.exists():
+        with METHODS_CSV.open(newline="") as file:
+            rows = {row["method"]: row for row in csv.DictReader(file)}
+    lines = []
+    for name in options("method"):
+        count, source = "-", ""
+        if row := rows.get(name):
+            source = row["source"].split(";")[0]
+            if row[f"r{r}"]:
+                count = f"{int(row[f'r{r}']):,}{'†' if off_budget(row, r) else ' '}"
+        lines.append(f"    {name:<14}{count:>14}  {source}")
+    return "\n".join(lines)
+
+
 OmegaConf.register_new_resolver("recipe", _recipe, replace=True)
 OmegaConf.register_new_resolver("default_rank", _default_rank, replace=True)
+OmegaConf.register_new_resolver("refers_to_r", _refers_to_r, replace=True)
+OmegaConf.register_new_resolver("times_r", _times_r, replace=True)
+OmegaConf.register_new_resolver("methods", _methods, replace=True)
 OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
 
 

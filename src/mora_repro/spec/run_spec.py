@@ -184,8 +184,11 @@ class RunSpec(Strict):
         if spec.method.ranked and spec.r is None:
             raise UserError(f"method={spec.method.name} needs a rank: r=8, say.")
         if not spec.method.ranked and spec.r is not None:
+            refer = ""
+            if spec.method.peft:
+                refer = f" say which argument of its PEFT config is the rank: '+method.peft.r=${{r}}' r={spec.r}, or"
             raise UserError(
-                f"method={spec.method.name} has no rank, so r={spec.r} can't be: leave r out, or choose "
+                f"method={spec.method.name} has no rank, so r={spec.r} can't be: leave r out,{refer or ' or'} choose "
                 f"a method that has one: python train.py method=lora r={spec.r}"
             )
         if why := spec.method.cannot.get(spec.trainer.name):

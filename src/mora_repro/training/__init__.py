@@ -2,7 +2,7 @@
 
 from .launch import build_extensions, launch, processes_wanted, report_error
 from .loggers import logger_callback
-from .train import Outcome, batch_shape, train, training_arguments
+from .train import Outcome, batch_shape, steps_of, train, training_arguments
 
 __all__ = [
     "Outcome",
@@ -12,6 +12,7 @@ __all__ = [
     "logger_callback",
     "processes_wanted",
     "report_error",
+    "steps_of",
     "train",
     "training_arguments",
 ]

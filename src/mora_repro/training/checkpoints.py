@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import distributed
 from ..errors import UserError
 from .merging import merge_for_good
-from .optimizer import adapter_parameters
+from .optimizer import adapter_parameters, trained_parameters
 from .sharded import state_of_main, whole
 
 CONTENTS = "contents.json"  # of a checkpoint: its files' sizes, and how many processes wrote them
@@ -109,8 +109,7 @@ def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         shutil.rmtree(partial, ignore_errors=True)
     if not as_a_whole_model:
         assert isinstance(model, PeftModel)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad} | adapter_parameters(model)
-        with whole(list(trained.values())):
+        with whole(list(trained_parameters(model).values())):
             if distributed.is_main():
                 model.save_pretrained(str(partial))
     else:

@@ -26,6 +26,12 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in added}
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What training changes, and what of an adapter it leaves, by name."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | adapter_parameters(model)
+
+
 def _parameters_of(part: Any) -> list[nn.Parameter]:
     return list(part.parameters()) if isinstance(part, nn.Module) else []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -49,7 +49,7 @@ def written_by_main(parameters: Sequence[Tensor]) -> Iterator[None]:
             dist.broadcast(parameter.data, 0)
 
 
-def state_of_main(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def state_of_main(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of all parameters in the CPU's memory on rank 0, gathered one at a time; empty on the others."""
     state = {}
     for name, parameter in parameters.items():
@@ -59,7 +59,7 @@ def state_of_main(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def load_into(parameters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def load_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Write `state`, which rank 0 has, into the parameters of those names.
 
     Raises KeyError on rank 0 where a parameter has no value.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import AdaLoraModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
@@ -21,6 +23,7 @@ from .. import distributed
 from ..data.task import IGNORED, Example
 from ..errors import Diverged, UserError
 from ..methods import changes_base, computes_in_bf16
+from ..methods.adalora import AllocateRank, allocator_state, load_allocator_state
 from ..spec import RunSpec
 from ..spec.options import Options
 from ..spec.run_spec import Training
@@ -28,7 +31,8 @@ from .callbacks import EvaluateAt, GracefulStop, MetricsFile, NoCheckpointAtTheE
 from .checkpoints import last_checkpoint, read_tensors, save_trained, seal, write_tensors
 from .loggers import logger_callback
 from .merging import Merging, refuse_no_merge
-from .optimizer import parameter_groups, with_restarts
+from .optimizer import parameter_groups, trained_parameters, with_restarts
+from .sharded import load_into, state_of_main
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ def batch_shape(recipe: Training, processes: int) -> tuple[int, int]:
     largest = min(recipe.micro_batch_size or share, share)
     micro = next(n for n in range(largest, 0, -1) if share % n == 0)
     return micro, share // micro
+
+
+def steps_of(recipe: Training, samples: int) -> int:
+    """The number of optimizer steps of a training on so many samples."""
+    return recipe.steps or math.ceil((recipe.epochs or 1) * math.ceil(samples / recipe.batch_size))
 
 
 def training_arguments(spec: RunSpec, work: Path) -> TrainingArguments:
@@ -143,6 +152,9 @@ def train(
     )
     trainer.spec, trainer.evaluate_task = spec, evaluate
     trainer.keep_checkpoints, trainer.merging = options.keep_checkpoints, merging
+    trainer.allocates = isinstance(getattr(model, "base_model", None), AdaLoraModel)
+    if trainer.allocates:
+        trainer.add_callback(AllocateRank(model))
     if distributed.is_main():
         trainer.add_callback(MetricsFile(work / "metrics.jsonl"))
         trainer.add_callback(ProgressLine(spec, lambda: trainer.tokens_seen))
@@ -177,16 +189,22 @@ class TaskTrainer(Trainer):
     keep_checkpoints: int
     merging: Merging | None
     checkpoint: Path | None
+    allocates: bool  # AdaLoRA
     evaluation_seconds = 0.0
     tokens_seen = 0
 
+    @property
+    def network(self) -> nn.Module:
+        """The model, as no engine has wrapped it."""
+        assert self.model is not None
+        return self.model
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            assert self.model is not None
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
-            decayed = self.get_decay_parameter_names(self.model)
+            decayed = self.get_decay_parameter_names(self.network)
             groups = parameter_groups(
-                self.model, self.spec.method, self.spec.lr, self.spec.training.weight_decay, decayed
+                self.network, self.spec.method, self.spec.lr, self.spec.training.weight_decay, decayed
             )
             self.optimizer = kind(groups, **arguments)
         return self.optimizer
@@ -218,9 +236,12 @@ class TaskTrainer(Trainer):
         refuse_no_number(logs.get("loss", 0.0), self.state.global_step, self.spec.lr)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.is_deepspeed_enabled:
-            return  # its checkpoint has the weights too
-        super().save_model(output_dir, _internal_call)
+        """The folder alone: `_save_checkpoint` writes what is trained, or DeepSpeed does."""
+        Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = read_tensors(Path(resume_from_checkpoint), ("trained",))["trained"]
+        load_into(trained_parameters(self.network), state)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         since_log = distributed.gather(self._tr_loss.item())
@@ -237,6 +258,10 @@ class TaskTrainer(Trainer):
             self.args.output_dir = str(folder)
         name = f"checkpoint-{self.state.global_step}"
         state = self.merging.state() if self.merging else {}
+        if not self.is_deepspeed_enabled:
+            state["trained"] = state_of_main(trained_parameters(self.network))
+        if self.allocates:
+            state["allocator"] = allocator_state(self.network)
         if distributed.is_main():
             write_tensors(partial / name, state)
             loss = {"since_log": since_log, "last_logged": self._globalstep_last_logged}
@@ -256,6 +281,9 @@ class TaskTrainer(Trainer):
         self._globalstep_last_logged = loss["last_logged"]
         if self.merging and self.merging.merges_before(self.state.global_step):
             self.merging.load_state(read_tensors(self.checkpoint, ("base", "momentum", "masters")))
+        if self.allocates:
+            state = distributed.from_main(read_tensors(self.checkpoint, ("allocator",)))
+            load_allocator_state(self.network, state["allocator"])
 
 
 class Restored(TrainerCallback):
