@@ -65,6 +65,10 @@ class Watched(Merging):
 
     def on_step_end(self, args, state, control, **kwargs):
         optimizer = kwargs["optimizer"].optimizer
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):
+            # DeepSpeed's functions find the states of the first group alone, until they are linked once more.
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
         adapters = {n: p for n, p in adapter_parameters(self.model).items() if p.requires_grad}
         others = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in adapters}
         if state.global_step == self.schedule.every + 1:  # the step after the merge

@@ -139,7 +139,7 @@ def test_an_fp32_master_keeps_what_bf16_rounds_away():
     """Many small updates: bf16 alone loses them, and with the master the base is the rounded sum."""
     errors = {}
     for keep in (False, True):
-        run, model = made("method=relora", "r=2", "trainer.precision=bf16", f"method.merge.fp32_master={keep}")
+        run, model = made("method=relora", "r=2", "trainer.precision=bf16", f"+method.merge.fp32_master={keep}")
         merging = Merging(run, model)
         layer = next(iter(adapted_layers(model).values()))
         exact = layer.get_base_layer().weight.detach().double()

@@ -223,7 +223,9 @@ def interrupts_by_every_signal() -> None:
 
 
 def _exit(error: UserError) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    # Of the processes that torchrun or srun started, which all compose the same, the first says it.
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from filelock import FileLock
@@ -109,24 +109,28 @@ def launch(arguments: list[str], processes: int, logs: Path) -> int:
             )
         statuses = _wait(workers)
     reported = [json.loads(path.read_text()) | {"rank": rank} for rank, path in enumerate(errors) if path.exists()]
-    if reported:
-        first = min(reported, key=lambda error: error["time"])
-        where = f"rank {first['rank']} of {processes}: " if processes > 1 else ""
-        if first["user_error"]:
-            raise UserError(where + first["message"])
-        print(f"{first['traceback']}error: {where}{first['message']} (logs: {logs})", file=sys.stderr)
-        return 1
+    first = min(reported, key=lambda error: error["time"], default=None)
+    killed = next((rank for rank, status in enumerate(statuses) if status is not None and status < 0), None)
+    if first and first["user_error"]:
+        raise UserError(_of(first["rank"], processes) + first["message"])
     if signals:
         return INTERRUPTED
-    if any(status < 0 for status in statuses):
-        rank = next(rank for rank, status in enumerate(statuses) if status < 0)
-        number = signal.Signals(-statuses[rank])
+    if killed is not None:  # the errors of others are that it no longer answers
+        number = signal.Signals(-cast(int, statuses[killed]))
+        why = ", as the kernel does when memory is short" if number == signal.SIGKILL else ""
         raise UserError(
-            f"rank {rank} of {processes} was ended by {number.name}"
-            f"{', as the kernel does when memory is short' if number == signal.SIGKILL else ''}. "
-            f"The same command goes on from the last checkpoint; logs: {logs}"
+            f"{_of(killed, processes)}ended by {number.name}{why}. The same command goes on from the last checkpoint. "
+            f"Logs: {logs}"
         )
-    return max(statuses)
+    if first:
+        print(f"{first['traceback']}error: {_of(first['rank'], processes)}{first['message']}", file=sys.stderr)
+        print(f"logs: {logs}", file=sys.stderr)
+        return 1
+    return max(status or 0 for status in statuses)
+
+
+def _of(rank: int, processes: int) -> str:
+    return f"rank {rank} of {processes}: " if processes > 1 else ""
 
 
 def report_error(error: BaseException, traceback: str) -> bool:
@@ -140,14 +144,16 @@ def report_error(error: BaseException, traceback: str) -> bool:
     return True
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int]:
-    """The exit statuses, once all have ended; after a failure the rest gets a moment, and is ended then."""
+def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """The exit statuses, once all have ended; after a failure the rest gets a moment, and is ended (None) then."""
     deadline = None
     while any(worker.poll() is None for worker in workers):
         if deadline is None and any(worker.returncode not in (None, 0, INTERRUPTED) for worker in workers):
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
+            statuses = [worker.returncode for worker in workers]
             _end(workers)
+            return statuses
         time.sleep(POLL_SECONDS)
     return [worker.returncode for worker in workers]
 
