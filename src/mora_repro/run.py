@@ -43,6 +43,8 @@ from .errors import Diverged, UserError
 from .evaluation import evaluate, prompt_room
 from .methods import (
     apply_method,
+    changes_base,
+    computes_in_bf16,
     count_parameters,
     load_base,
     load_tokenizer,
@@ -83,6 +85,10 @@ def main(config: DictConfig) -> int:
             say(f"this run finished on {record.started[:10]}: {shown(record)}\nrecord: {path}")
             say("run it again: the same command with rerun=true, or out=<folder>")
             return 0
+        if not (store.work(spec.id) / "checkpoints").exists():
+            for other in store.interrupted_like(spec):
+                differing = ", ".join(f"{key}={was}" for key, (_, was) in spec.differences(other).items())
+                say(f"this is not the run that was interrupted with {differing}: it starts at step 0, the other stays")
     processes = size() if launched else processes_wanted(spec)
     batch_shape(spec.training, processes)  # for their errors, before anything starts
     logger_callback(options.logger, spec, store.work(spec.id))
@@ -221,7 +227,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         trainable, total = count_parameters(model)
         say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")
         if is_main():
-            _refuse_full_disk(store, work, trainable)
+            _refuse_full_disk(spec, options, store, work, model)
         outcome = train(
             spec,
             options,
@@ -378,14 +384,22 @@ def _refuse_this_machine(spec: RunSpec, processes: int) -> None:
     refuse_what_does_not_fit(spec, model, processes, memory, "cuda" if cuda else "cpu")
 
 
-def _refuse_full_disk(store: Store, work: Path, trainable: int) -> None:
-    """Three checkpoints of fp32 weights and two moments (the oldest goes when the next is there), and the weights."""
+def _refuse_full_disk(spec: RunSpec, options: Options, store: Store, work: Path, model: torch.nn.Module) -> None:
+    """Raises UserError where the run's checkpoints and weights have no place; the oldest goes when the next is there.
+
+    A checkpoint has what is trained, AdamW's two moments and ZeRO's masters, all in fp32, and after merges the base.
+    """
+    trainable, total = count_parameters(model)
+    whole = total * (2 if computes_in_bf16(spec) else 4)
+    checkpoint = 16 * trainable + (whole if spec.method.merge else 0)
+    final = whole if spec.method.peft is None or changes_base(spec) else 4 * trainable
     there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    need, free = 4 * (3 * 3 + 1) * trainable - there, shutil.disk_usage(store.out).free
+    need, free = (options.keep_checkpoints + 1) * checkpoint + final - there, shutil.disk_usage(store.out).free
     if free < need:
         raise UserError(
             f"out={store.out} has {free / 1e6:.1f} MB free, and this run's checkpoints and weights take "
-            f"{need / 1e6:.1f} MB. Make room, or choose another folder: out=<folder>"
+            f"{need / 1e6:.1f} MB. Make room, keep fewer (trainer.keep_checkpoints=1), or choose another folder: "
+            f"out=<folder>"
         )
 
 

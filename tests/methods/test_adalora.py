@@ -66,7 +66,7 @@ def test_the_ranks_fall_to_the_target_in_the_trainer(tmp_path):
         disable_tqdm=True,
     )
     data = [{"input_ids": row, "labels": row} for row in ids]
-    Trainer(model=model, args=arguments, train_dataset=data, callbacks=[AllocateRank(model)]).train()
+    Trainer(model=model, args=arguments, train_dataset=data, callbacks=[AllocateRank(model, 1)]).train()
     assert ranks(model) == 2 * 7
 
 

@@ -11,23 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 
+from mora_repro import distributed
 from mora_repro.errors import UserError
 from mora_repro.results.records import Store
-from mora_repro.spec import RunSpec, compose_config
+from mora_repro.spec import CONF, RunSpec, compose_config
+from mora_repro.spec.compose import options
 from mora_repro.training import batch_shape, build_extensions
 
 MERGES = ["method.merge.every=5", "method.merge.restart_warmup=2"]
-METHODS = {"fft": [], "lora": [], "mora": [], "relora": MERGES, "remora": MERGES}
+METHODS = [method for method in options("method") if method != "peft"]
+MERGING = ("relora", "remora", "periodic_lora")
 # Nothing is kept whole between steps, as with parameters of a real model's size.
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 SHARDED = "+trainer.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 
 
-def train(method: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "train.py", f"method={method}", *TINY, *METHODS.get(method, []), *overrides]
+def train(method: str, *others: str) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "train.py", *overrides(method, *others)]
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -45,7 +49,14 @@ def many(folder: Path, processes: int, runs: list[dict]) -> None:
 
 
 def overrides(method: str, *others: str) -> list[str]:
-    return [f"method={method}", *TINY, *METHODS[method], *others]
+    rank = [] if method == "fft" else ["r=2"]
+    return [f"method={method}", *rank, *TINY, *(MERGES if method in MERGING else []), *others]
+
+
+def able(trainer: str) -> list[str]:
+    """The methods that can run under a trainer."""
+    files = {method: (CONF / "method" / f"{method}.yaml").read_text() for method in METHODS}
+    return [method for method, text in files.items() if trainer not in (yaml.safe_load(text).get("cannot") or {})]
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +76,9 @@ def plain(tmp_path_factory):
 def test_the_losses_are_those_of_one_process(plain, tmp_path, trainer, processes):
     sharded = [SHARDED] if trainer.startswith("zero3") else []
     how = [f"trainer={trainer}", f"trainer.processes={processes}", *sharded]
-    many(tmp_path, processes, [{"overrides": overrides(m, *how), "out": str(tmp_path / m)} for m in METHODS])
-    for method in METHODS:
+    methods = able(trainer)
+    many(tmp_path, processes, [{"overrides": overrides(m, *how), "out": str(tmp_path / m)} for m in methods])
+    for method in methods:
         one, other = only_record(plain[method]), only_record(tmp_path / method)
         assert other.curve.step == one.curve.step and other.curve.lr == one.curve.lr
         assert other.curve.loss == pytest.approx(one.curve.loss, abs=5e-6), method
@@ -77,15 +89,23 @@ def test_the_losses_are_those_of_one_process(plain, tmp_path, trainer, processes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trainer", "processes"), [("plain", 1), ("zero2", 2), ("zero3", 2)])
-def test_a_run_goes_on_to_the_bit_from_before_at_and_after_a_merge(tmp_path, trainer, processes):
+@pytest.mark.parametrize(
+    ("trainer", "processes", "methods"),
+    [
+        ("plain", 1, METHODS),
+        ("zero2", 2, ["fft", "lora", "mora", "relora", "remora"]),
+        ("zero3", 2, ["fft", "lora", "mora", "relora", "remora"]),
+    ],
+    ids=["plain", "zero2", "zero3"],
+)
+def test_a_run_goes_on_to_the_bit_from_before_at_and_after_a_merge(tmp_path, trainer, processes, methods):
     often = ["training.save_every=1", f"trainer={trainer}", f"trainer.processes={processes}"]
     often += [SHARDED] if trainer == "zero3" else []
-    runs = [{"overrides": overrides(m, *often), "out": str(tmp_path / m)} for m in METHODS]
+    runs = [{"overrides": overrides(m, *often), "out": str(tmp_path / m)} for m in methods]
     again = [
         {**run, "out": f"{run['out']}-from-{step}", "after": run["out"], "step": step}
-        for run, method in zip(runs, METHODS, strict=True)
-        for step in ((4, 5, 6) if METHODS[method] else (5,))
+        for run, method in zip(runs, methods, strict=True)
+        for step in ((4, 5, 6) if method in MERGING else (5,))
     ]
     many(tmp_path, processes, [*runs, *again])
     for run in again:
@@ -138,7 +158,7 @@ def test_a_signal_stops_all_processes_after_the_same_step(tmp_path, number):
     trainer = ["trainer=zero2", "trainer.processes=2", "training.steps=60", "training.log_every=7"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train("relora", *trainer, f"out={whole}").returncode == 0
-    arguments = [sys.executable, "train.py", "method=relora", *TINY, *MERGES, *trainer, f"out={cut}"]
+    arguments = [sys.executable, "train.py", *overrides("relora", *trainer), f"out={cut}"]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(cut.glob("work/*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
@@ -219,3 +239,55 @@ def test_the_batch_is_the_recipes_whatever_the_number_of_processes(batch, micro,
 def test_a_batch_that_the_processes_cannot_share_is_refused_with_what_can():
     with pytest.raises(UserError, match=r"batch_size=16 can't be shared by 3 .*processes=[24].*batch_size=15"):
         batch_shape(spec().training, 3)
+
+
+@pytest.mark.slow
+def test_hydras_multirun_starts_processes_for_every_run(tmp_path):
+    """With a run that computes in bf16 and spares memory, which costs no more than bf16's rounding."""
+    how = ["trainer.processes=2", "trainer.gradient_checkpointing=true", "trainer.precision=fp32,bf16"]
+    done = train("lora", "-m", *how, f"out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    low, full = sorted(Store(tmp_path).load_all()[0], key=lambda record: record.spec.trainer.precision)
+    assert full.environment.processes == low.environment.processes == 2
+    assert low.curve.loss != full.curve.loss
+    assert low.curve.loss == pytest.approx(full.curve.loss, abs=0.02)
+
+
+@pytest.mark.slow
+def test_a_changed_spec_is_said_to_be_another_run(tmp_path):
+    arguments = [sys.executable, "train.py", *overrides("lora", "training.steps=2000", f"out={tmp_path}")]
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("work/*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    said = train("lora", f"out={tmp_path}").stderr
+    assert "not the run that was interrupted with training.steps=2000: it starts at step 0" in said
+
+
+def test_sruns_variables_are_taken_for_torchruns(monkeypatch):
+    for name in (*distributed.VARIABLES, "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed.started_by_a_launcher()
+    slurm = {
+        "SLURM_JOB_ID": "71",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as alone:
+        alone.setenv("SLURM_STEP_NUM_TASKS", "1")
+        assert not distributed.started_by_a_launcher()
+    for name in distributed.VARIABLES:
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back after the test
+        monkeypatch.delenv(name)
+    assert distributed.started_by_a_launcher()
+    assert (distributed.rank(), distributed.size(), os.environ["LOCAL_RANK"]) == (3, 4, "1")
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2" and os.environ["MASTER_ADDR"] == "10.0.0.7"
+    assert 20_000 <= int(os.environ["MASTER_PORT"]) < 60_000

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from peft import PeftModel, PromptLearningConfig
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.task import Task, prompt_tokens
+from ..distributed import gather, rank, size
 from ..errors import UserError
 
 BATCH = 64
@@ -43,11 +46,19 @@ def _prompts(model: PreTrainedModel) -> list[PromptLearningConfig]:
 
 
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
-    """Ask all the task's questions; its metrics (per cent), and `cut_prompts` where any had to be cut."""
+    """Ask all the task's questions; its metrics (per cent), and `cut_prompts` where any had to be cut.
+
+    Of several processes each asks its part, and all have the metrics of the whole.
+    """
     prompts = [prompt_tokens(tokenizer, prompt) for prompt, _ in task.asked]
     room = prompt_room(model, tokenizer, task) or max(map(len, prompts))
     cut = sum(len(prompt) > room for prompt in prompts)
-    answers = answer(model, tokenizer, [prompt[-room:] for prompt in prompts], task.longest_answer(tokenizer))
+    prompts = [prompt[-room:] for prompt in prompts]
+    share = math.ceil(len(prompts) / size())
+    # The same number for each, since under ZeRO 3 all take part in every forward pass: the last ask some twice.
+    mine = [prompts[index % len(prompts)] for index in range(rank() * share, (rank() + 1) * share)]
+    parts = gather(answer(model, tokenizer, mine, task.longest_answer(tokenizer)))
+    answers = [text for part in parts for text in part][: len(prompts)]
     return {**task.score(answers), **({"cut_prompts": float(cut)} if cut else {})}
 
 

@@ -28,10 +28,21 @@ class AllocateRank(TrainerCallback):
 
     In `on_optimizer_step` the gradients are there still, and `global_step` counts the steps before this one, as PEFT
     counts them.
+
+    Args:
+        parts: the number of losses that a step sums up, of all processes and micro-batches. Each of them is divided by
+            the whole batch's tokens, but PEFT adds the penalty for matrices that are not orthogonal to each in full.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, parts: int):
         self.tuner = _tuner(model)
+        self.parts = parts
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        _config(self.tuner).orth_reg_weight /= self.parts
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        _config(self.tuner).orth_reg_weight *= self.parts  # as it is saved
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..distributed import size
 from ..spec.compose import ROOT
 from .records import Environment
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "mora-repro")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "hydra-core", "mora-repro")
 
 
 def describe_environment() -> Environment:
@@ -29,6 +30,7 @@ def describe_environment() -> Environment:
         cpu=_cpu(),
         cores=os.cpu_count() or 1,
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        processes=size(),
         gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     )
 

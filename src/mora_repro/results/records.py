@@ -6,7 +6,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,8 @@ class Part(BaseModel):
 
 
 class Environment(Part):
-    """Where a run ran; `packages` maps names to versions, memory is in GB (10^9 bytes)."""
+    """Where a run ran; `packages` maps names to versions, memory is in GB (10^9 bytes), cores and GPUs are those of the
+    machine of rank 0."""
 
     git_commit: str | None
     git_dirty: bool | None
@@ -33,6 +34,7 @@ class Environment(Part):
     cores: int
     memory_gb: float
     gpus: list[str]
+    processes: int = 1
 
 
 class Data(Part):
@@ -153,6 +155,15 @@ class Store:
     def work(self, run_id: str) -> Path:
         """The run's working folder: spec.json, metrics.jsonl, checkpoints/, model/."""
         return self.out / "work" / run_id
+
+    def interrupted_like(self, spec: RunSpec) -> list[RunSpec]:
+        """Other runs of the same method, rank, task, scale and seed that were interrupted: they have checkpoints."""
+        alike = (self.out / "work").glob(f"{spec.id.rpartition('-')[0]}-*/spec.json")
+        found = []
+        for path in sorted(path for path in alike if any((path.parent / "checkpoints").glob("checkpoint-*"))):
+            with suppress(ValidationError):
+                found.append(RunSpec.model_validate_json(path.read_text()))
+        return [other for other in found if other.id != spec.id]
 
     def save(self, record: Record) -> Path:
         path = self.record_path(record.id)

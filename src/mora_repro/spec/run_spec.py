@@ -226,6 +226,11 @@ class RunSpec(Strict):
         rank = "" if self.r is None else f"-r{self.r}"
         return f"{self.scale}-{self.task['name']}-{self.method.name}{rank}-s{self.seed}-{digest}"
 
+    def differences(self, other: RunSpec) -> dict[str, tuple[Any, Any]]:
+        """The dotted keys in which two runs differ, with this one's and the other's value (None where it has none)."""
+        ours, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        return {key: (ours.get(key), theirs.get(key)) for key in ours | theirs if ours.get(key) != theirs.get(key)}
+
     def notices(self) -> list[str]:
         """What the user should know of a valid spec: so far, a recipe taken from another rank."""
         row = find_row(self.scale, self.task["name"], self.method.recipe, self.r)
@@ -235,6 +240,13 @@ class RunSpec(Strict):
                 f"(conf/recipes/{self.scale}.yaml); lr={self.lr:g}"
             ]
         return []
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _contents(values: dict[str, Any]) -> dict[str, str]:

@@ -154,7 +154,7 @@ def train(
     trainer.keep_checkpoints, trainer.merging = options.keep_checkpoints, merging
     trainer.allocates = isinstance(getattr(model, "base_model", None), AdaLoraModel)
     if trainer.allocates:
-        trainer.add_callback(AllocateRank(model))
+        trainer.add_callback(AllocateRank(model, distributed.size() * arguments.gradient_accumulation_steps))
     if distributed.is_main():
         trainer.add_callback(MetricsFile(work / "metrics.jsonl"))
         trainer.add_callback(ProgressLine(spec, lambda: trainer.tokens_seen))
