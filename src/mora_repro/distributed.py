@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
+import socket
+import subprocess
 import sys
 from contextlib import suppress
 from datetime import timedelta
@@ -38,11 +41,29 @@ def started_by_a_launcher() -> bool:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
-    os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-    os.environ.setdefault("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"])
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])  # such as 2(x3),1
+    per_node = [int(tasks) for tasks, nodes in counts for _ in range(int(nodes or 1))]
+    os.environ["LOCAL_WORLD_SIZE"] = str(per_node[int(os.environ["SLURM_NODEID"])])
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _address_of_first(os.environ["SLURM_STEP_NODELIST"])
     port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) * 16 + int(os.environ["SLURM_STEP_ID"]) % 16) % 40_000
     os.environ.setdefault("MASTER_PORT", str(port))
     return True
+
+
+def _address_of_first(nodes: str) -> str:
+    """Where the first of Slurm's nodes is reached: by its name where that resolves, else as Slurm does."""
+
+    def scontrol(*arguments: str) -> str:
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+
+    first = scontrol("show", "hostnames", nodes).split()[0]
+    try:
+        socket.getaddrinfo(first, None)
+    except OSError:
+        found = re.search(r"NodeAddr=(\S+)", scontrol("show", "node", first))
+        return found.group(1) if found else first
+    return first
 
 
 def rank() -> int:

@@ -120,6 +120,8 @@ def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) 
             for name in VARIABLES:  # alone without DeepSpeed: as if no launcher had been there, to the bit
                 os.environ.pop(name, None)
             return INTERRUPTED if run(spec, options, need_weights).status == "interrupted" else 0
+        if spec.trainer.stage:
+            build_extensions()  # where `start` has not
         join(deepspeed=spec.trainer.stage > 0)
         record = run(spec, options, need_weights)
         leave()
