@@ -51,7 +51,8 @@ def many(folder: Path, processes: int, runs: list[dict]) -> None:
 
 def overrides(method: str, *others: str) -> list[str]:
     rank = [] if method == "fft" else ["r=2"]
-    return [f"method={method}", *rank, *TINY, *(MERGES if method in MERGING else []), *others]
+    momentum = ["method.merge.momentum=0.25"] if method == "periodic_lora" else []
+    return [f"method={method}", *rank, *TINY, *(MERGES if method in MERGING else []), *momentum, *others]
 
 
 def able(trainer: str) -> list[str]:
@@ -111,6 +112,10 @@ def test_a_run_goes_on_to_the_bit_from_before_at_and_after_a_merge(tmp_path, tra
     often = ["training.save_every=1", f"trainer={trainer}", f"trainer.processes={processes}"]
     often += [SHARDED] if trainer == "zero3" else []
     runs = [{"overrides": overrides(m, *often), "out": str(tmp_path / m)} for m in methods]
+    if trainer == "plain":
+        masters = ["trainer.precision=bf16", "+method.merge.fp32_master=true"]
+        runs.append({"overrides": overrides("relora", *often, *masters), "out": str(tmp_path / "masters")})
+        methods = [*methods, "relora"]
     again = [
         {**run, "out": f"{run['out']}-from-{step}", "after": run["out"], "step": step}
         for run, method in zip(runs, methods, strict=True)

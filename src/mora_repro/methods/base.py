@@ -32,7 +32,7 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
         return ByT5Tokenizer(extra_ids=0)
     assert source is not None  # a model without `pretrained` names its tokenizer (conf/model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, **_which(spec))
     except (OSError, ValueError) as error:
         raise _not_found("tokenizer", source, error) from error
     if tokenizer.pad_token_id is None:
@@ -73,9 +73,7 @@ def load_base(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, weights: Path |
     except ImportError as error:
         raise _no_attention(spec, error) from error
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            spec.model.pretrained, revision=spec.model.revision, config=config, **how
-        )
+        return AutoModelForCausalLM.from_pretrained(spec.model.pretrained, config=config, **_which(spec), **how)
     except ImportError as error:
         raise _no_attention(spec, error) from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -97,7 +95,7 @@ def _config(spec: RunSpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrai
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return LlamaConfig(**{"vocab_size": len(tokenizer), **special, **spec.model.architecture})
     try:
-        config = AutoConfig.from_pretrained(source, revision=spec.model.revision)
+        config = AutoConfig.from_pretrained(source, **_which(spec))
     except (OSError, ValueError) as error:
         raise _not_found("model", source, error) from error
     named = config.architectures or []
@@ -109,6 +107,10 @@ def _config(spec: RunSpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrai
             f"model, and the tasks generate text. Choose one such as a LLaMA, or the built-in one: model=mini"
         )
     return config
+
+
+def _which(spec: RunSpec) -> dict[str, Any]:
+    return {"revision": spec.model.revision, "trust_remote_code": spec.model.trust_remote_code}
 
 
 def _no_attention(spec: RunSpec, error: ImportError) -> UserError:

@@ -84,7 +84,8 @@ class Method(Strict):
 
 
 class Model(Strict):
-    """The base model: `pretrained` (hub id or folder), or made from `architecture`.
+    """The base model: `pretrained` (hub id or folder), or made from `architecture`. With `trust_remote_code`, code that
+    comes with a model from the hub is run.
 
     `base` is the task on which a model made from scratch is trained first, and `base_id` that run.
     """
@@ -96,6 +97,7 @@ class Model(Strict):
     tokenizer: str | None
     base: str | None
     base_id: str | None = None
+    trust_remote_code: bool = False
     architecture: dict[str, Any] | None
 
 
