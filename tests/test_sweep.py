@@ -51,7 +51,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     command = [sys.executable, "-c", SWEEP, str(tmp_path), *TINY, "training.steps=300"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(tmp_path.glob("work/*/checkpoints/*/complete")):
+    while time.monotonic() < deadline and not list(tmp_path.glob("work/*/checkpoints/checkpoint-*")):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
