@@ -6,7 +6,7 @@ from mora_repro.spec import RUN, entry
 
 
 def job(config: DictConfig) -> int:
-    from mora_repro.run import main  # torch and transformers: not for --help
+    from mora_repro.start import main  # torch and transformers: not for --help
 
     return main(config)
 

@@ -6,10 +6,7 @@ import hashlib
 import os
 import shlex
 import shutil
-import sys
 import time
-import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -17,40 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import psutil
 import torch
 from filelock import FileLock, Timeout
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .data.task import Task, build_task
+from .data.task import build_task
 from .distributed import (
-    VARIABLES,
     barrier,
-    first_to_fail,
     from_main,
     is_main,
-    join,
-    leave,
-    rank,
     say,
     size,
-    started_by_a_launcher,
 )
 from .errors import Diverged, UserError
 from .evaluation import evaluate, prompt_room
+from .machine import refuse_full_disk, what_takes_less_memory
 from .methods import (
     apply_method,
-    changes_base,
-    computes_in_bf16,
     count_parameters,
     load_base,
     load_tokenizer,
-    needed_gb,
-    on_meta_device,
-    refuse_what_does_not_fit,
 )
 from .results.environment import describe_environment, peak_memory_mb
 from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store, write_atomically
@@ -58,86 +42,11 @@ from .spec import INTERRUPTED, RunSpec
 from .spec.options import Options, RunFile
 from .training import (
     Outcome,
-    batch_shape,
-    build_extensions,
     launch,
-    logger_callback,
-    processes_wanted,
-    report_error,
     steps_of,
     train,
     training_arguments,
 )
-
-
-def main(config: DictConfig) -> int:
-    """`python train.py`: run the composed configuration; returns the process's exit status."""
-    show_warnings()
-    spec = RunSpec.from_config(config)
-    options = Options.from_config(config, list(HydraConfig.get().overrides.task))
-    launched = started_by_a_launcher()  # before anything is said, since rank 0 alone speaks
-    for notice in spec.notices():
-        say(notice)
-    store = Store(options.out)
-    with store.explained():
-        if not options.rerun and (record := store.finished(spec.id)):
-            path = store.record_path(spec.id)
-            say(f"this run finished on {record.started[:10]}: {shown(record)}\nrecord: {path}")
-            say("run it again: the same command with rerun=true, or out=<folder>")
-            return 0
-        if not (store.work(spec.id) / "checkpoints").exists():
-            for other in store.interrupted_like(spec):
-                differing = ", ".join(f"{key}={was}" for key, (_, was) in spec.differences(other).items())
-                say(f"this is not the run that was interrupted with {differing}: it starts at step 0, the other stays")
-    processes = size() if launched else processes_wanted(spec)
-    batch_shape(spec.training, processes)  # for their errors, before anything starts
-    logger_callback(options.logger, spec, store.work(spec.id))
-    _refuse_this_machine(spec, processes)
-    status = as_one_of_many(spec, options) if launched else start(spec, options, processes)
-    if status == 0 and (record := store.load(spec.id)):
-        say(f"finished: {shown(record)}\nrecord:  {store.record_path(spec.id)}")
-        say(f"weights: {store.work(spec.id) / 'model'}")
-    return status
-
-
-def start(spec: RunSpec, options: Options, processes: int) -> int:
-    """Run a spec, here or in processes of its own where it takes several or DeepSpeed; the exit status."""
-    if processes == 1 and not spec.trainer.stage:
-        return INTERRUPTED if run(spec, options).status == "interrupted" else 0
-    store = Store(options.out)
-    work = store.work(spec.id)
-    with store.explained():
-        write_atomically(work / "run.json", RunFile(spec=spec, options=options).model_dump_json(indent=1) + "\n")
-    if spec.trainer.stage:
-        build_extensions()
-    return launch(["-m", "mora_repro.worker", str(work / "run.json")], processes, work / "processes")
-
-
-def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) -> int:
-    """This process's part of a run that a launcher started; the exit status. Of many errors, one is shown."""
-    try:
-        if size() == 1 and not spec.trainer.stage:
-            for name in VARIABLES:  # alone without DeepSpeed: as if no launcher had been there, to the bit
-                os.environ.pop(name, None)
-            return INTERRUPTED if run(spec, options, need_weights).status == "interrupted" else 0
-        if spec.trainer.stage:
-            build_extensions()  # where `start` has not
-        join(deepspeed=spec.trainer.stage > 0)
-        record = run(spec, options, need_weights)
-        leave()
-        return INTERRUPTED if record.status == "interrupted" else 0
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-    except Exception as error:
-        status = 2 if isinstance(error, UserError) else 1
-        where = f"rank {rank()} of {size()}: " if size() > 1 else ""
-        if not report_error(error, traceback.format_exc()) and first_to_fail():
-            if status == 1:
-                traceback.print_exc()
-            print(f"error: {where}{error}", file=sys.stderr)
-    # At once: whoever waits for this process notices, and no queue of a GPU holds it.
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def run(spec: RunSpec, options: Options, need_weights: bool = False) -> Record:
@@ -211,7 +120,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
             say(notice)
         base_weights = None
         if spec.model.base:
-            _refuse_before_the_base(spec, task)
+            assert task.asked  # an error of the questions' files comes before the base's training
             if not _base_is_there(spec, options, store):
                 return record.model_copy(update={"status": "interrupted"})
             base_weights = store.work(spec.base_spec().id) / "model"
@@ -229,7 +138,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         trainable, total = count_parameters(model)
         say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")
         if is_main():
-            _refuse_full_disk(spec, options, store, work, model)
+            refuse_full_disk(spec, options, store, work, model)
         outcome = train(
             spec,
             options,
@@ -268,7 +177,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         if save:
             store.save(record)
         if isinstance(error, torch.OutOfMemoryError):
-            raise UserError(_out_of_memory(spec, error)) from error
+            raise UserError(what_takes_less_memory(spec, error)) from error
         raise
     if save:
         store.save(record)
@@ -319,16 +228,6 @@ def _how_it_runs(spec: RunSpec, arguments: TrainingArguments) -> str:
     )
 
 
-def _out_of_memory(spec: RunSpec, error: BaseException) -> str:
-    micro = spec.training.micro_batch_size or spec.training.batch_size
-    tips = [f"training.micro_batch_size={max(1, micro // 2)}"]
-    if not spec.trainer.gradient_checkpointing:
-        tips.append("trainer.gradient_checkpointing=true")
-    if spec.trainer.stage < 3:
-        tips.append("trainer=zero3 on several GPUs")
-    return f"the GPU's memory is full: {str(error).split('. ')[0]}. Less takes: {', or '.join(tips)}"
-
-
 def _history(outcome: Outcome) -> dict[str, object]:
     """The record's curve, evaluations and final metrics, from the Trainer's log."""
     losses = [entry for entry in outcome.log if "loss" in entry]
@@ -358,64 +257,12 @@ def _weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_before_the_base(spec: RunSpec, task: Task) -> None:
-    """Raise the UserError that would come after a base's training: of the questions' files, or of the method."""
-    assert task.asked
-    with warnings.catch_warnings(action="ignore"):  # they are shown when the method is applied to the weights
-        apply_method(on_meta_device(spec), spec)
-
-
 def _base_overrides(spec: RunSpec, overrides: list[str]) -> list[str]:
     """What composes the base of a run that these overrides compose."""
     model = [text for text in overrides if text.startswith(("model=", "model.")) and "model.base=" not in text]
     return ["method=fft", f"task={spec.model.base}", f"scale={spec.scale}", *model]
 
 
-def _refuse_this_machine(spec: RunSpec, processes: int) -> None:
-    """Raises UserError where the run's scale needs a GPU and there is none, or where it does not fit into memory."""
-    cuda = torch.cuda.is_available()
-    model = apply_method(on_meta_device(spec), spec)
-    if spec.scale == "paper" and not cuda:
-        raise UserError(
-            f"scale=paper needs a CUDA GPU, and torch {torch.__version__} finds none. {spec.model.title} with "
-            f"{spec.name} takes about {needed_gb(spec, model, processes):.0f} GB of GPU memory for weights, gradients "
-            f"and optimizer, before activations. What runs here: "
-            f"python train.py method={spec.method.name} task={spec.task['name']} scale=mini"
-        )
-    memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().available
-    refuse_what_does_not_fit(spec, model, processes, memory, "cuda" if cuda else "cpu")
-
-
-def _refuse_full_disk(spec: RunSpec, options: Options, store: Store, work: Path, model: torch.nn.Module) -> None:
-    """Raises UserError where the run's checkpoints and weights have no place; the oldest goes when the next is there.
-
-    A checkpoint has what is trained, AdamW's two moments and ZeRO's masters, all in fp32, and after merges the base.
-    """
-    trainable, total = count_parameters(model)
-    whole = total * (2 if computes_in_bf16(spec) else 4)
-    checkpoint = 16 * trainable + (whole if spec.method.merge else 0)
-    final = whole if spec.method.peft is None or changes_base(spec) else 4 * trainable
-    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    need, free = (options.keep_checkpoints + 1) * checkpoint + final - there, shutil.disk_usage(store.out).free
-    if free < need:
-        raise UserError(
-            f"out={store.out} has {free / 1e6:.1f} MB free, and this run's checkpoints and weights take "
-            f"{need / 1e6:.1f} MB. Make room, keep fewer (trainer.keep_checkpoints=1), or choose another folder: "
-            f"out=<folder>"
-        )
-
-
 def shown(record: Record) -> str:
     """The final metrics, in words."""
     return ", ".join(f"{name} {value:.2f}" for name, value in record.metrics.items()) or "no metrics"
-
-
-def show_warnings() -> None:
-    """Warnings that concern the run become a line each."""
-    warnings.showwarning = _show_warning
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """A line for what concerns the run, such as capped layers; deprecations are for the suite's tests."""
-    if issubclass(category, UserWarning):
-        say(f"warning: {message}")

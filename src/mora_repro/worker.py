@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from .distributed import die_with_parent
-from .run import as_one_of_many, show_warnings
 from .spec.compose import interrupts_by_every_signal
 from .spec.options import RunFile
+from .start import as_one_of_many, show_warnings
 
 
 def main() -> int:

@@ -1,0 +1,101 @@
+"""How a run is started: here, in processes of its own, or as one of those that a launcher started."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from .distributed import VARIABLES, first_to_fail, join, leave, rank, say, size, started_by_a_launcher
+from .errors import UserError
+from .machine import refuse_this_machine
+from .results.records import Store, write_atomically
+from .run import run, shown
+from .spec import INTERRUPTED, RunSpec
+from .spec.options import Options, RunFile
+from .training import batch_shape, build_extensions, launch, logger_callback, processes_wanted, report_error
+
+
+def main(config: DictConfig) -> int:
+    """`python train.py`: run the composed configuration; returns the process's exit status."""
+    show_warnings()
+    spec = RunSpec.from_config(config)
+    options = Options.from_config(config, list(HydraConfig.get().overrides.task))
+    launched = started_by_a_launcher()  # before anything is said, since rank 0 alone speaks
+    for notice in spec.notices():
+        say(notice)
+    store = Store(options.out)
+    with store.explained():
+        if not options.rerun and (record := store.finished(spec.id)):
+            path = store.record_path(spec.id)
+            say(f"this run finished on {record.started[:10]}: {shown(record)}\nrecord: {path}")
+            say("run it again: the same command with rerun=true, or out=<folder>")
+            return 0
+        if not (store.work(spec.id) / "checkpoints").exists():
+            for other in store.interrupted_like(spec):
+                differing = ", ".join(f"{key}={was}" for key, (_, was) in spec.differences(other).items())
+                say(f"this is not the run that was interrupted with {differing}: it starts at step 0, the other stays")
+    processes = size() if launched else processes_wanted(spec)
+    batch_shape(spec.training, processes)  # for their errors, before anything starts
+    logger_callback(options.logger, spec, store.work(spec.id))
+    refuse_this_machine(spec, processes)
+    status = as_one_of_many(spec, options) if launched else start(spec, options, processes)
+    if status == 0 and (record := store.load(spec.id)):
+        say(f"finished: {shown(record)}\nrecord:  {store.record_path(spec.id)}")
+        say(f"weights: {store.work(spec.id) / 'model'}")
+    return status
+
+
+def start(spec: RunSpec, options: Options, processes: int) -> int:
+    """Run a spec, here or in processes of its own where it takes several or DeepSpeed; the exit status."""
+    if processes == 1 and not spec.trainer.stage:
+        return INTERRUPTED if run(spec, options).status == "interrupted" else 0
+    store = Store(options.out)
+    work = store.work(spec.id)
+    with store.explained():
+        write_atomically(work / "run.json", RunFile(spec=spec, options=options).model_dump_json(indent=1) + "\n")
+    if spec.trainer.stage:
+        build_extensions()
+    return launch(["-m", "mora_repro.worker", str(work / "run.json")], processes, work / "processes")
+
+
+def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) -> int:
+    """This process's part of a run that a launcher started; the exit status. Of many errors, one is shown."""
+    try:
+        if size() == 1 and not spec.trainer.stage:
+            for name in VARIABLES:  # alone without DeepSpeed: as if no launcher had been there, to the bit
+                os.environ.pop(name, None)
+            return INTERRUPTED if run(spec, options, need_weights).status == "interrupted" else 0
+        if spec.trainer.stage:
+            build_extensions()  # where `start` has not
+        join(deepspeed=spec.trainer.stage > 0)
+        record = run(spec, options, need_weights)
+        leave()
+        return INTERRUPTED if record.status == "interrupted" else 0
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except Exception as error:
+        status = 2 if isinstance(error, UserError) else 1
+        where = f"rank {rank()} of {size()}: " if size() > 1 else ""
+        if not report_error(error, traceback.format_exc()) and first_to_fail():
+            if status == 1:
+                traceback.print_exc()
+            print(f"error: {where}{error}", file=sys.stderr)
+    # At once: whoever waits for this process notices, and no queue of a GPU holds it.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def show_warnings() -> None:
+    """Warnings that concern the run become a line each."""
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """A line for what concerns the run, such as capped layers; deprecations are for the suite's tests."""
+    if issubclass(category, UserWarning):
+        say(f"warning: {message}")
