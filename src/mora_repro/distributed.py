@@ -7,10 +7,8 @@ works there too.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -146,13 +144,8 @@ def first_to_fail() -> bool:
     return False
 
 
-def die_with_parent() -> None:
-    """Have the kernel end this process when its parent is gone, so that no worker is left after a kill (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def say(text: str) -> None:
-    """A line for the user, of rank 0 alone."""
+    """A line for the user, of rank 0 alone. That nobody reads it any more ends no run."""
     if is_main():
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)

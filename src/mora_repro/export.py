@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -55,6 +57,8 @@ def main(config: DictConfig) -> int:
     Raises UserError: no such run, no weights of it, a folder that is there or can't be written, a method that can't
     be merged.
     """
+    warnings.simplefilter("ignore", FutureWarning)  # of what PEFT calls in transformers
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where PEFT looks for it, warns
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     wanted = Export.from_config(config)

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from .distributed import from_main, is_main
 from .errors import UserError
 from .methods import (
     apply_method,
@@ -49,11 +50,17 @@ def refuse_full_disk(spec: RunSpec, options: Options, store: Store, work: Path, 
     A checkpoint has what is trained, AdamW's two moments and ZeRO's masters, all in fp32, and after merges the base.
     """
     trainable, total = count_parameters(model)
-    whole = total * (2 if computes_in_bf16(spec) else 4)
-    checkpoint = 16 * trainable + (whole if spec.method.merge else 0)
+    whole = total * (2 if computes_in_bf16(spec) and spec.method.peft else 4)
+    merge = spec.method.merge
+    kept = (whole + 4 * total * (bool(merge.momentum) + merge.fp32_master)) if merge else 0
+    checkpoint = 16 * trainable + kept
     final = whole if spec.method.peft is None or changes_base(spec) else 4 * trainable
-    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    need, free = (options.keep_checkpoints + 1) * checkpoint + final - there, shutil.disk_usage(store.out).free
+    there, free = 0, 0
+    if is_main():  # which writes; all go on or none
+        there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+        free = shutil.disk_usage(store.out).free
+    there, free = from_main((there, free))
+    need = (options.keep_checkpoints + 1) * checkpoint + final - there
     if free < need:
         raise UserError(
             f"out={store.out} has {free / 1e6:.1f} MB free, and this run's checkpoints and weights take "

@@ -32,6 +32,7 @@ from .evaluation import evaluate, prompt_room
 from .machine import refuse_full_disk, what_takes_less_memory
 from .methods import (
     apply_method,
+    computes_in_bf16,
     count_parameters,
     load_base,
     load_tokenizer,
@@ -108,7 +109,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         spec=spec,
         command=shlex.join(["python", "train.py", *options.overrides]),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        environment=describe_environment(),
+        environment=describe_environment("bf16" if computes_in_bf16(spec) else "fp32"),
     )
     try:
         if spec.training.threads:
@@ -137,8 +138,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         prompt_room(cast(PreTrainedModel, model), tokenizer, task)  # before hours of training, not after
         trainable, total = count_parameters(model)
         say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")
-        if is_main():
-            refuse_full_disk(spec, options, store, work, model)
+        refuse_full_disk(spec, options, store, work, model)
         outcome = train(
             spec,
             options,

@@ -8,6 +8,7 @@ import traceback
 import warnings
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from .distributed import VARIABLES, first_to_fail, join, leave, rank, say, size, started_by_a_launcher
@@ -36,9 +37,16 @@ def main(config: DictConfig) -> int:
             say("run it again: the same command with rerun=true, or out=<folder>")
             return 0
         if not (store.work(spec.id) / "checkpoints").exists():
-            for other in store.interrupted_like(spec):
-                differing = ", ".join(f"{key}={was}" for key, (_, was) in spec.differences(other).items())
+            for differing in store.interrupted_like(spec):
                 say(f"this is not the run that was interrupted with {differing}: it starts at step 0, the other stays")
+    if launched and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise UserError("a multirun (-m) starts the processes of its runs itself: leave the launcher out")
+    wanted = spec.trainer.processes
+    if launched and wanted not in (None, size()):
+        raise UserError(
+            f"trainer={spec.trainer.name} has trainer.processes={wanted}, and the launcher has started {size()}. Take "
+            f"those of the launcher: trainer=ddp, or trainer.processes=null"
+        )
     processes = size() if launched else processes_wanted(spec)
     batch_shape(spec.training, processes)  # for their errors, before anything starts
     logger_callback(options.logger, spec, store.work(spec.id))
@@ -60,7 +68,14 @@ def start(spec: RunSpec, options: Options, processes: int) -> int:
         write_atomically(work / "run.json", RunFile(spec=spec, options=options).model_dump_json(indent=1) + "\n")
     if spec.trainer.stage:
         build_extensions()
-    return launch(["-m", "mora_repro.worker", str(work / "run.json")], processes, work / "processes")
+    say(f"starting {processes} process{'es' if processes > 1 else ''} ...")
+    try:
+        return launch(["-m", "mora_repro.worker", str(work / "run.json")], processes, work / "processes")
+    except UserError as error:
+        # Rank 0 has written what it saw, which may be that another process no longer answers.
+        if (record := store.load(spec.id)) and record.status == "failed":
+            store.save(record.model_copy(update={"error": str(error)}))
+        raise
 
 
 def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) -> int:

@@ -57,6 +57,13 @@ def test_paper_recipes_are_those_of_the_paper(task):
                 assert run.training.schedule == paper["schedule"]
 
 
+def test_a_secret_that_comes_by_interpolation_is_refused_too(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "not-to-be-kept")
+    with pytest.raises(UserError, match="environment variable MY_TOKEN") as caught:
+        spec("+task.note=${oc.env:MY_TOKEN}")
+    assert "not-to-be-kept" not in str(caught.value)
+
+
 def test_the_recipe_follows_method_and_rank():
     low, high = spec("method=mora", "r=4"), spec("method=mora", "r=32")
     assert low.method.peft["operator"] == "rotation" and high.method.peft["operator"] == "sharing"

@@ -9,11 +9,13 @@ import pytest
 import torch
 from tiny import ROOT, TINY
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM
 
 from mora_repro.errors import UserError
 from mora_repro.methods import apply_method, load_base, load_tokenizer
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.spec.run_spec import Merge
+from mora_repro.training.checkpoints import save_trained
 from mora_repro.training.launch import build_extensions
 from mora_repro.training.merging import Merging, adapted_layers, refuse_no_merge
 from mora_repro.training.optimizer import parameter_groups, with_restarts
@@ -156,6 +158,7 @@ def test_an_fp32_master_keeps_what_bf16_rounds_away():
     ("overrides", "why"),
     [
         (["method=relora", "+method.peft.use_dora=true"], "a variant of LoRA"),
+        (["method=relora", "+method.peft.lora_bias=true"], "has biases"),
         (["method=vera", "+method.merge={every: 5, restart_warmup: 2}"], "it has Linear"),
     ],
 )
@@ -163,6 +166,19 @@ def test_what_cannot_be_merged_is_refused(overrides, why):
     run, model = made(*overrides, "r=2")
     with pytest.raises(UserError, match=rf"changes the base.*{why}"):
         refuse_no_merge(run, model)
+
+
+@pytest.mark.parametrize("method", ["relora", "remora", "pissa"])
+def test_a_whole_model_that_is_saved_is_the_one_that_was_trained(tmp_path, method):
+    run, model = made(f"method={method}", "r=2", "+method.peft.modules_to_save=[lm_head]")
+    randomise(model)
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        before = model.eval()(ids).logits
+        save_trained(model, load_tokenizer(run), tmp_path / "model", as_a_whole_model=True)
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()(ids).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_lora_plus_has_its_own_rate_for_b_and_adapters_are_apart():

@@ -237,7 +237,7 @@ def test_the_last_whole_checkpoint_is_taken_and_torn_ones_are_removed(tmp_path, 
     assert last_checkpoint(folder).name == "checkpoint-9"
     assert not (folder / "checkpoint-10").exists()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"at step 9 with 1 processes, and 4 .*trainer.processes=1, or .*rerun=true"):
+    with pytest.raises(UserError, match=r"at step 9 with 1 processes, and 4 .*on 1 again .*rerun=true"):
         last_checkpoint(folder)
 
 

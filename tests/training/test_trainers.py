@@ -20,7 +20,7 @@ from mora_repro.errors import UserError
 from mora_repro.results.records import Store
 from mora_repro.spec import CONF, RunSpec, compose_config
 from mora_repro.spec.compose import options
-from mora_repro.training import batch_shape, build_extensions
+from mora_repro.training import batch_shape, build_extensions, launch
 
 MERGES = ["method.merge.every=5", "method.merge.restart_warmup=2"]
 METHODS = [method for method in options("method") if method != "peft"]
@@ -314,3 +314,36 @@ def test_sruns_variables_are_taken_for_torchruns(monkeypatch):
     assert (distributed.rank(), distributed.size(), os.environ["LOCAL_RANK"]) == (3, 4, "1")
     assert os.environ["LOCAL_WORLD_SIZE"] == "2" and os.environ["MASTER_ADDR"] == "10.0.0.7"
     assert 20_000 <= int(os.environ["MASTER_PORT"]) < 60_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train.py", "method=relora", "method.merge.every=100"], "comes to no merge in 12 steps"),
+        ([*LAUNCHER, "train.py", "method=lora", "trainer=plain"], "the launcher has started 2"),
+        ([*LAUNCHER, "train.py", "-m", "method=lora,mora", "trainer=ddp"], "leave the launcher out"),
+        (["train.py", "method=lora", "trainer=plain", "trainer.stage=2"], "choose trainer=zero2"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, command, said):
+    arguments = [sys.executable, *command, *TINY, f"out={tmp_path}"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count(said) == 1, done.stderr
+    assert not list(tmp_path.glob("work/*/model"))
+
+
+@pytest.mark.slow
+def test_the_others_are_ended_when_one_dies_before_they_meet(tmp_path):
+    program = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(1000)"
+    assert launch(["-c", program], 2, tmp_path) == 3
+
+
+@pytest.mark.slow
+def test_asylora_starts_orthogonal_in_bf16_too(tmp_path):
+    how = ["trainer=zero2", "trainer.precision=bf16"]
+    many(tmp_path, 1, [{"overrides": overrides("asylora", *how), "out": str(tmp_path / "out")}])
+    record = only_record(tmp_path / "out")
+    assert record.environment.precision == "bf16"
+    [matrix, *_] = [tensor for name, tensor in weights(tmp_path / "out").items() if "lora_A" in name]
+    torch.testing.assert_close(matrix.float() @ matrix.float().T, torch.eye(2), atol=0.02, rtol=0)

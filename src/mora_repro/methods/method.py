@@ -80,7 +80,8 @@ def _set_apart(model: nn.Module, spec: RunSpec) -> None:
     """What of the adapter starts as an orthogonal matrix, and what of it is not trained."""
     for key in spec.method.orthogonal:
         for parameter in _named(model, key, "orthogonal", spec):
-            nn.init.orthogonal_(parameter)
+            with torch.no_grad():  # in fp32, since its decomposition has no other form
+                parameter.copy_(nn.init.orthogonal_(torch.empty_like(parameter, dtype=torch.float32)))
     for key in spec.method.frozen:
         for parameter in _named(model, key, "frozen", spec):
             parameter.requires_grad_(False)

@@ -8,6 +8,7 @@ import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -19,7 +20,7 @@ from .records import Environment
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "hydra-core", "mora-repro")
 
 
-def describe_environment() -> Environment:
+def describe_environment(precision: Literal["fp32", "bf16"]) -> Environment:
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return Environment(
@@ -31,6 +32,7 @@ def describe_environment() -> Environment:
         cores=os.cpu_count() or 1,
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
         processes=size(),
+        precision=precision,
         gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     )
 

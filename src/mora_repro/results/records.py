@@ -35,6 +35,7 @@ class Environment(Part):
     memory_gb: float
     gpus: list[str]
     processes: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class Data(Part):
@@ -117,6 +118,16 @@ def _lies_below(path: str | bytes, folder: Path) -> bool:
     return place.is_relative_to(root) or root.is_relative_to(place)
 
 
+def _in_words(differences: dict[str, tuple[object, object]]) -> str:
+    """The other's values, of four keys at most; the parts of a trainer follow from its name."""
+    shown = [
+        f"{key}={was}"
+        for key, (_, was) in differences.items()
+        if not key.startswith(("trainer.deepspeed", "trainer.stage", "trainer.offload"))
+    ]
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
+
+
 class Store:
     """The output folder of runs: `runs/` holds records, `work/` checkpoints, logs and trained weights."""
 
@@ -156,14 +167,15 @@ class Store:
         """The run's working folder: spec.json, metrics.jsonl, checkpoints/, model/."""
         return self.out / "work" / run_id
 
-    def interrupted_like(self, spec: RunSpec) -> list[RunSpec]:
-        """Other runs of the same method, rank, task, scale and seed that were interrupted: they have checkpoints."""
+    def interrupted_like(self, spec: RunSpec) -> list[str]:
+        """In what other runs of the same method, rank, task, scale, seed and model differ that were interrupted."""
         alike = (self.out / "work").glob(f"{spec.id.rpartition('-')[0]}-*/spec.json")
         found = []
         for path in sorted(path for path in alike if any((path.parent / "checkpoints").glob("checkpoint-*"))):
             with suppress(ValidationError):
                 found.append(RunSpec.model_validate_json(path.read_text()))
-        return [other for other in found if other.id != spec.id]
+        others = [other for other in found if other.id != spec.id and other.model == spec.model]
+        return [_in_words(spec.differences(other)) for other in others]
 
     def save(self, record: Record) -> Path:
         path = self.record_path(record.id)

@@ -213,13 +213,15 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
 
 
 def interrupts_by_every_signal() -> None:
-    """SIGTERM and SIGUSR1 (of Slurm, before a time limit) raise KeyboardInterrupt, as SIGINT does."""
+    """SIGTERM, SIGUSR1 (of Slurm, before a time limit) and SIGHUP raise KeyboardInterrupt, as SIGINT does."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, interrupt)
 
 
 def _exit(error: UserError) -> None:

@@ -24,6 +24,7 @@ from pydantic import (
 
 from ..errors import UserError
 from .compose import RUN, compose_config, explain, find_row
+from .secrets import refuse_secrets
 
 # Keys of a configuration that do not change what a run computes; Options has them.
 OUTSIDE_IDENTITY = ("out", "rerun", "logger", "trainer.keep_checkpoints")
@@ -149,9 +150,15 @@ class Trainer(Strict):
     attention: Literal["sdpa", "flash_attention_2", "eager"] | None = None
     deepspeed: dict[str, Any] | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Trainer:
+        if self.stage != ((self.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0):
+            raise ValueError(f"trainer.stage={self.stage} comes with the trainer: choose trainer=zero{self.stage or 1}")
+        return self
+
 
 class RunSpec(Strict):
-    """One run. Made by `from_config`; two runs with the same `id` give the same numbers."""
+    """One run. Made by `from_config`; on the same machine, two runs with the same `id` give the same numbers."""
 
     scale: Literal["mini", "paper"]
     method: Method
@@ -178,6 +185,7 @@ class RunSpec(Strict):
         for key in OUTSIDE_IDENTITY:
             *parents, last = key.split(".")
             del reduce(getitem, parents, values)[last]
+        refuse_secrets(_texts(values))
         values["content"] = _contents(values)
         try:
             spec = cls.model_validate(values)
@@ -193,8 +201,9 @@ class RunSpec(Strict):
                 f"method={spec.method.name} has no rank, so r={spec.r} can't be: leave r out,{refer or ' or'} choose "
                 f"a method that has one: python train.py method=lora r={spec.r}"
             )
-        if why := spec.method.cannot.get(spec.trainer.name):
-            raise UserError(f"method={spec.method.name} can't run under trainer={spec.trainer.name}: {why}")
+        name = spec.trainer.name if not spec.trainer.stage or spec.trainer.offload else f"zero{spec.trainer.stage}"
+        if why := spec.method.cannot.get(name):
+            raise UserError(f"method={spec.method.name} can't run under trainer={name}: {why}")
         if spec.model.base:
             base = spec.base_spec()
             spec = spec.model_copy(update={"model": spec.model.model_copy(update={"base_id": base.id})})
@@ -242,6 +251,15 @@ class RunSpec(Strict):
                 f"(conf/recipes/{self.scale}.yaml); lr={self.lr:g}"
             ]
         return []
+
+
+def _texts(values: Any) -> list[str]:
+    """All texts in nested values."""
+    if isinstance(values, dict):
+        return [text for value in values.values() for text in _texts(value)]
+    if isinstance(values, list):
+        return [text for value in values for text in _texts(value)]
+    return [values] if isinstance(values, str) else []
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

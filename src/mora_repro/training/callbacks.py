@@ -6,7 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,16 @@ class GracefulStop(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.asked = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
         def note(number: int, _: Any) -> None:
-            if self.signal is None:
+            if not self.asked:
                 distributed.say("\nstopping after this step ...")
-            self.signal = number
+            self.asked = True
             if number == signal.SIGINT:
                 signal.signal(number, before[signal.SIGINT])
 
@@ -66,7 +66,7 @@ class GracefulStop(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if distributed.any_of(self.signal is not None) and state.global_step < state.max_steps:
+        if distributed.any_of(self.asked) and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 
@@ -88,7 +88,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """A progress bar on a terminal; elsewhere a line at every tenth of the steps.
+    """A progress bar on a terminal; elsewhere a line at every tenth of the steps. A context around the training.
 
     Args:
         tokens: gives the number of tokens that this process has trained on since it started.
@@ -123,7 +123,7 @@ class ProgressLine(TrainerCallback):
         scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         if scores:
             metric = "  ".join(f"{name} {value:.1f}" for name, value in scores.items())
-            self.progress.print(f"step {state.global_step}/{state.max_steps}  {metric}", highlight=False)
+            self._print(f"step {state.global_step}/{state.max_steps}  {metric}")
         if "loss" not in logs:
             return
         speed = self.tokens() * distributed.size() / max(time.monotonic() - self.since, 1e-9)
@@ -132,10 +132,17 @@ class ProgressLine(TrainerCallback):
         tenth = 10 * state.global_step // state.max_steps
         if not self.console.is_terminal and tenth > self.shown:
             self.shown = tenth
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {note}", highlight=False)
+            self._print(f"step {state.global_step}/{state.max_steps}  {note}")
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # that nobody reads it any more ends no run
+            self.progress.print(text, highlight=False)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.update(self.bar, completed=state.global_step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.stop()
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()  # the cursor comes back, after an error too

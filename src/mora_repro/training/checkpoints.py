@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 from peft import PeftModel
@@ -30,6 +31,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     if distributed.is_main():
         for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
             if (processes := _written_by(path)) is None:
+                distributed.say(f"{path} is not whole, and is removed")
                 shutil.rmtree(path)
             elif found is None:
                 found = path, processes
@@ -40,7 +42,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     if processes != distributed.size():
         raise UserError(
             f"this run was interrupted at step {_step(path)} with {processes} processes, and {distributed.size()} "
-            f"can't go on with its checkpoints. Start it with trainer.processes={processes}, or anew: rerun=true"
+            f"can't go on with its checkpoints. Start it on {processes} again (GPUs, or a launcher's processes), or anew: "
+            f"the same command with rerun=true"
         )
     return path
 
@@ -55,7 +58,7 @@ def _written_by(checkpoint: Path) -> int | None:
         contents = json.loads((checkpoint / CONTENTS).read_text())
         whole_files = all((checkpoint / name).stat().st_size == size for name, size in contents["files"].items())
         return contents["processes"] if whole_files else None
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
         return None
 
 
@@ -85,11 +88,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _own_name(name: str) -> str:
+    """A parameter's name in the model without PEFT: of a base layer, or of a copy that was trained in its place."""
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+
+
 def write_tensors(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
     """On rank 0: `<folder>/<name>.safetensors` for each dictionary that is not empty."""
     for name, state in tensors.items():
         if state:
-            save_file(state, folder / f"{name}.safetensors")
+            save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
 
 
 def read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
@@ -111,7 +119,10 @@ def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         assert isinstance(model, PeftModel)
         with whole(list(trained_parameters(model).values())):
             if distributed.is_main():
-                model.save_pretrained(str(partial))
+                with warnings.catch_warnings():
+                    # PEFT takes ranks that AdaLoRA has pruned to zero for shards that were not gathered.
+                    warnings.filterwarnings("ignore", message=".*have invalid shape")
+                    model.save_pretrained(str(partial))
     else:
         base = model
         if isinstance(model, PeftModel):
@@ -120,11 +131,11 @@ def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         assert isinstance(base, PreTrainedModel)
         adapters = adapter_parameters(base)
         parameters = {
-            name.replace(".base_layer.", "."): parameter
+            _own_name(name): parameter
             for name, parameter in base.named_parameters()
-            if name not in adapters
+            if name not in adapters and ".original_module." not in name
         }
-        state = state_of_main(dict(parameters))
+        state = state_of_main(parameters)
         if distributed.is_main():
             base.save_pretrained(partial, state_dict=state)
     if distributed.is_main():

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,8 +27,10 @@ from ..errors import UserError
 from ..spec import INTERRUPTED, RunSpec
 
 POLL_SECONDS = 0.2
+LEAVE_SECONDS = 600  # for the others to end once one is done: rank 0 may still write the weights of a large model
 GRACE_SECONDS = 10  # for the others to end once one has failed: most do, as it no longer answers
 ERROR_FILE = "MORA_ERROR_FILE"
+PARENT = "MORA_PARENT"  # the process that a worker is to end with
 
 
 def processes_wanted(spec: RunSpec) -> int:
@@ -77,16 +80,17 @@ def launch(arguments: list[str], processes: int, logs: Path) -> int:
     """
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    errors = [logs / f"error-{rank}.json" for rank in range(processes)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with ExitStack() as stack:
+        # Of this launch alone: another command may wait to run the same.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mora-errors-")))
+        errors = [folder / f"error-{rank}.json" for rank in range(processes)]
         workers: list[subprocess.Popen[bytes]] = []
         signals = stack.enter_context(_signals_go_to(workers))
         stack.callback(lambda: _end(workers))
         for rank, error in enumerate(errors):
-            error.unlink(missing_ok=True)
             log = stack.enter_context((logs / f"rank-{rank}.log").open("ab"))
             variables = {
                 "RANK": rank,
@@ -96,6 +100,7 @@ def launch(arguments: list[str], processes: int, logs: Path) -> int:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
                 ERROR_FILE: error,
+                PARENT: os.getpid(),
             }
             workers.append(
                 subprocess.Popen(
@@ -108,7 +113,7 @@ def launch(arguments: list[str], processes: int, logs: Path) -> int:
                 )
             )
         statuses = _wait(workers)
-    reported = [json.loads(path.read_text()) | {"rank": rank} for rank, path in enumerate(errors) if path.exists()]
+        reported = [json.loads(path.read_text()) | {"rank": rank} for rank, path in enumerate(errors) if path.exists()]
     first = min(reported, key=lambda error: error["time"], default=None)
     killed = next((rank for rank, status in enumerate(statuses) if status is not None and status < 0), None)
     if first and first["user_error"]:
@@ -147,15 +152,15 @@ def report_error(error: BaseException, traceback: str) -> bool:
 def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int | None]:
     """The exit statuses, once all have ended; after a failure the rest gets a moment, and is ended (None) then."""
     deadline = None
-    while any(worker.poll() is None for worker in workers):
-        if deadline is None and any(worker.returncode not in (None, 0, INTERRUPTED) for worker in workers):
-            deadline = time.monotonic() + GRACE_SECONDS
+    while None in (statuses := [worker.poll() for worker in workers]):
+        if deadline is None and any(status is not None for status in statuses):
+            failed = any(status not in (None, 0, INTERRUPTED) for status in statuses)
+            deadline = time.monotonic() + (GRACE_SECONDS if failed else LEAVE_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
-            statuses = [worker.returncode for worker in workers]
             _end(workers)
-            return statuses
+            break
         time.sleep(POLL_SECONDS)
-    return [worker.returncode for worker in workers]
+    return statuses
 
 
 def _end(workers: list[subprocess.Popen[bytes]]) -> None:
@@ -173,6 +178,8 @@ def _signals_go_to(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]
 
     def pass_on(number: int, _: Any) -> None:
         came.append(number)
+        if came.count(signal.SIGINT) > 2:
+            _end(workers)  # whatever they are at
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)

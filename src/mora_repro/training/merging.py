@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -58,6 +59,10 @@ def _why_not(model: nn.Module) -> str | None:
         return f"it has {' and '.join(sorted(others)) or 'neither'}"
     if any(getattr(layer, "lora_variant", None) for layer in layers.values()):
         return "it has a variant of LoRA, such as DoRA"
+    if any(any(getattr(layer, "lora_bias", {}).values()) for layer in layers.values()):
+        return "its LoRA has biases"
+    if any(isinstance(layer, AdaLoraLayer) for layer in layers.values()):
+        return "it has AdaLoRA"
     if any(not weight.is_floating_point() for weight in base_weights(model).values()):
         return "its base is quantised"
     return None
@@ -75,7 +80,6 @@ class Merging(TrainerCallback):
         self.schedule = spec.method.merge
         self.seed = spec.seed
         self.model = model
-        self.optimizer: Any = None  # known once training begins
         self.last: dict[str, Tensor] = {}  # with momentum: what was merged last, on rank 0
         self.masters: dict[str, Tensor] = {}  # fp32 weights on rank 0
 
@@ -84,6 +88,13 @@ class Merging(TrainerCallback):
         return step // self.schedule.every
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        every, steps = self.schedule.every, state.max_steps
+        if every >= steps:
+            raise UserError(
+                f"method.merge.every={every} comes to no merge in {steps} steps. Merge more often: "
+                f"method.merge.every={max(2, steps // 4)} method.merge.restart_warmup={max(1, steps // 40)}"
+            )
+        distributed.say(f"merges after every {every} of {steps} steps: {(steps - 1) // every} in all")
         self._choose_grouping(self.merges_before(state.global_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -112,9 +123,10 @@ class Merging(TrainerCallback):
             delta = (1 - momentum) * delta + (0 if last is None else momentum * last.to(delta.device))
             self.last[name] = delta.cpu()
         if self.schedule.fp32_master and weight.dtype != torch.float32:
-            master = self.masters.setdefault(name, weight.detach().cpu().float())
-            master += delta.cpu().float()
-            weight.copy_(master)
+            if name not in self.masters:
+                self.masters[name] = weight.detach().cpu().float()
+            self.masters[name] += delta.cpu().float()
+            weight.copy_(self.masters[name])
         else:
             weight.copy_(weight.float() + delta.float())  # rounded once
 

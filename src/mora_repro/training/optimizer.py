@@ -122,8 +122,5 @@ def restart_adapters(optimizer: Any) -> None:
 
 def _reset(state: dict[str, Any]) -> None:
     """AdamW's two moments and its step count."""
-    for name, value in state.items():
-        if torch.is_tensor(value):
-            value.zero_()
-        else:
-            state[name] = 0  # DeepSpeed's CPU Adam counts in a plain number
+    for value in state.values():
+        value.zero_()

@@ -155,9 +155,10 @@ def train(
     trainer.allocates = isinstance(getattr(model, "base_model", None), AdaLoraModel)
     if trainer.allocates:
         trainer.add_callback(AllocateRank(model, distributed.size() * arguments.gradient_accumulation_steps))
-    if distributed.is_main():
+    line = ProgressLine(spec, lambda: trainer.tokens_seen) if distributed.is_main() else None
+    if line:
         trainer.add_callback(MetricsFile(work / "metrics.jsonl"))
-        trainer.add_callback(ProgressLine(spec, lambda: trainer.tokens_seen))
+        trainer.add_callback(line)
     if logger := logger_callback(options.logger, spec, work):
         trainer.add_callback(logger)  # after the metrics file
     trainer.add_callback(Restored(trainer))
@@ -168,7 +169,7 @@ def train(
     if checkpoint:
         distributed.say(f"going on from step {checkpoint.name.split('-')[1]}")
     start = time.monotonic()
-    with stop.listening(), logger or nullcontext():
+    with stop.listening(), line or nullcontext(), logger or nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start - trainer.evaluation_seconds
     finished = trainer.state.global_step >= trainer.state.max_steps
