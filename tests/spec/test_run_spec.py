@@ -103,7 +103,7 @@ def test_the_identity_covers_the_result_and_nothing_else():
 
 @pytest.mark.parametrize("scale", options("scale"))
 def test_merges_follow_the_recipe(scale):
-    run = spec(f"scale={scale}", "method=remora")
+    run = spec(f"scale={scale}", "task=gsm8k", "method=remora")
     assert (run.method.merge.every, run.method.merge.restart_warmup) == {"paper": (2000, 50), "mini": (100, 10)}[scale]
     assert run.method.merge.groupings == (("strided", "strided"), ("blocked", "blocked"))
     with pytest.raises(UserError, match=r"restart_warmup=\d+ must be less than method.merge.every=5"):
