@@ -42,8 +42,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     if processes != distributed.size():
         raise UserError(
             f"this run was interrupted at step {_step(path)} with {processes} processes, and {distributed.size()} "
-            f"can't go on with its checkpoints. Start it on {processes} again (GPUs, or a launcher's processes), or anew "
-            f"with rerun=true"
+            f"can't go on with its checkpoints. Start it on {processes} again (GPUs, or a launcher's processes), or "
+            f"anew with rerun=true"
         )
     return path
 
