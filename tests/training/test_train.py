@@ -1,6 +1,7 @@
 """Whole runs of a few steps: the same numbers to the bit, also after an interrupt or a kill."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,11 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 
 from mora_repro.data.task import IGNORED, Example
-from mora_repro.errors import UserError
+from mora_repro.errors import Diverged, UserError
 from mora_repro.results.records import Store
 from mora_repro.run import run
 from mora_repro.spec import RunSpec, compose_config
@@ -172,6 +174,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_record_that_says_so(comma
     assert done.returncode == 2 and "learning rate is too high" in done.stderr and "Traceback" not in done.stderr
     record = only_record(tmp_path)
     assert record.status == "diverged" and "learning rate is too high" in record.error
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """As a gradient leaves them that is no number: the loss of the same step is that of the weights before."""
+
+    def spoil(_, args, state, control, model, **__):
+        if state.global_step == 2:
+            with torch.no_grad():
+                next(model.parameters())[0] = math.nan
+
+    monkeypatch.setattr("mora_repro.training.callbacks.EvaluateAt.on_step_end", spoil)
+    spec = RunSpec.from_config(compose_config(["method=fft", *TINY, "training.save_every=1"]))
+    with pytest.raises(Diverged, match="a weight is nan at step 2"):
+        run(spec, Options(out=str(tmp_path)))
+    assert [path.name for path in tmp_path.glob("work/*/checkpoints/*")] == ["checkpoint-1"]
+    assert only_record(tmp_path).status == "diverged"
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def train(
     trainer.allocates = isinstance(getattr(model, "base_model", None), AdaLoraModel)
     if trainer.allocates:
         trainer.add_callback(AllocateRank(model, distributed.size() * arguments.gradient_accumulation_steps))
-    line = ProgressLine(spec, lambda: trainer.tokens_seen) if distributed.is_main() else None
+    line = ProgressLine(spec, lambda: int(trainer.tokens_seen)) if distributed.is_main() else None
     if line:
         trainer.add_callback(MetricsFile(work / "metrics.jsonl"))
         trainer.add_callback(line)
@@ -175,7 +175,7 @@ def train(
     finished = trainer.state.global_step >= trainer.state.max_steps
     if finished:
         save_trained(model, tokenizer, work / "model", as_a_whole_model=spec.method.peft is None or changed)
-    return Outcome(finished, trainer.state.log_history, seconds, sum(distributed.gather(trainer.tokens_seen)))
+    return Outcome(finished, trainer.state.log_history, seconds, sum(distributed.gather(int(trainer.tokens_seen))))
 
 
 class TaskTrainer(Trainer):
@@ -192,7 +192,7 @@ class TaskTrainer(Trainer):
     checkpoint: Path | None
     allocates: bool  # AdaLoRA
     evaluation_seconds = 0.0
-    tokens_seen = 0
+    tokens_seen: int | torch.Tensor = 0
 
     @property
     def network(self) -> nn.Module:
@@ -229,7 +229,7 @@ class TaskTrainer(Trainer):
         return metrics
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.tokens_seen += int(inputs["attention_mask"].sum())
+        self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()  # read rarely: a GPU is not waited for
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -247,6 +247,10 @@ class TaskTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         since_log = distributed.gather(self._tr_loss.item())
         refuse_no_number(sum(since_log), self.state.global_step, self.spec.lr)
+        # What a gradient that is not finite has left, though the loss was a number.
+        parts = [getattr(parameter, "ds_tensor", parameter) for parameter in trained_parameters(self.network).values()]
+        if distributed.any_of(not all(bool(part.isfinite().all()) for part in parts)):
+            refuse_no_number(math.nan, self.state.global_step, self.spec.lr, "a weight")
         folder = Path(str(self.args.output_dir))
         partial = folder.with_name("checkpoint.partial")
         if distributed.is_main():
@@ -297,11 +301,11 @@ class Restored(TrainerCallback):
         self.trainer.restore()
 
 
-def refuse_no_number(loss: float, step: int, lr: float) -> None:
-    """Raises Diverged for a loss that is not finite; the checkpoint before stays."""
-    if not torch.isfinite(torch.tensor(loss)):
+def refuse_no_number(value: float, step: int, lr: float, what: str = "the loss") -> None:
+    """Raises Diverged for a value that is not finite; the checkpoint before stays."""
+    if not math.isfinite(value):
         raise Diverged(
-            f"the loss is {loss} at step {step}: the learning rate is too high for this method. "
+            f"{what} is {value} at step {step}: the learning rate is too high for this method. "
             f"Try a lower one: lr={lr / 3:.1g}"
         )
 
