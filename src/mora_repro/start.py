@@ -18,7 +18,15 @@ from .results.records import Store, write_atomically
 from .run import run, shown
 from .spec import INTERRUPTED, RunSpec
 from .spec.options import Options, RunFile
-from .training import batch_shape, build_extensions, launch, logger_callback, processes_wanted, report_error
+from .training import (
+    batch_shape,
+    build_extensions,
+    launch,
+    load_extensions,
+    logger_callback,
+    processes_wanted,
+    report_error,
+)
 
 
 def main(config: DictConfig) -> int:
@@ -86,7 +94,7 @@ def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) 
                 os.environ.pop(name, None)
             return INTERRUPTED if run(spec, options, need_weights).status == "interrupted" else 0
         if spec.trainer.stage:
-            build_extensions()  # where `start` has not
+            load_extensions()
         join(deepspeed=spec.trainer.stage > 0)
         record = run(spec, options, need_weights)
         leave()

@@ -15,7 +15,7 @@ from mora_repro import distributed
 from mora_repro.data.task import build_task
 from mora_repro.methods import apply_method, load_base, load_tokenizer
 from mora_repro.spec import RunSpec, compose_config
-from mora_repro.training import training_arguments
+from mora_repro.training import load_extensions, training_arguments
 from mora_repro.training.merging import Merging, adapted_layers
 from mora_repro.training.optimizer import adapter_parameters
 from mora_repro.training.sharded import whole
@@ -101,6 +101,8 @@ class Watched(Merging):
 def main() -> None:
     out, *overrides = sys.argv[1:]
     spec = RunSpec.from_config(compose_config(overrides))
+    if spec.trainer.stage:
+        load_extensions()
     distributed.join(deepspeed=spec.trainer.stage > 0)
     work = Path(out).parent / "work"
     torch.set_num_threads(1)

@@ -18,12 +18,15 @@ from mora_repro.results.records import Store
 from mora_repro.run import _run
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.spec.options import Options
+from mora_repro.training import load_extensions
 
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     first = RunSpec.from_config(compose_config(plan[0]["overrides"]))
     if distributed.size() > 1 or first.trainer.stage:
+        if first.trainer.stage:
+            load_extensions()
         distributed.join(deepspeed=first.trainer.stage > 0)
     for run in plan:
         spec = RunSpec.from_config(compose_config(run["overrides"]))

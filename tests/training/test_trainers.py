@@ -347,3 +347,12 @@ def test_asylora_starts_orthogonal_in_bf16_too(tmp_path):
     assert record.environment.precision == "bf16"
     [matrix, *_] = [tensor for name, tensor in weights(tmp_path / "out").items() if "lora_A" in name]
     torch.testing.assert_close(matrix.float() @ matrix.float().T, torch.eye(2), atol=0.02, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_killed_process_holds_up_no_other(tmp_path):
+    build_extensions()
+    [extension] = Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("deepspeed_shm_comm*.so")
+    (extension.parent / "lock").touch()
+    done = train("lora", "trainer=zero2", f"out={tmp_path}")
+    assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """Training with transformers' Trainer and DeepSpeed: processes, checkpoints, merges, resume, progress."""
 
-from .launch import build_extensions, launch, processes_wanted, report_error
+from .launch import build_extensions, launch, load_extensions, processes_wanted, report_error
 from .loggers import logger_callback
 from .train import Outcome, batch_shape, steps_of, train, training_arguments
 
@@ -9,6 +9,7 @@ __all__ = [
     "batch_shape",
     "build_extensions",
     "launch",
+    "load_extensions",
     "logger_callback",
     "processes_wanted",
     "report_error",

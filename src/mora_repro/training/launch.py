@@ -39,27 +39,51 @@ def processes_wanted(spec: RunSpec) -> int:
 
 
 def build_extensions() -> None:
-    """Have DeepSpeed's extension for CPUs compiled, once; workers load it.
+    """Have DeepSpeed's extension for CPUs compiled, once.
 
     Raises UserError where there is no compiler.
     """
     if torch.cuda.is_available():
         return  # on GPUs, torch's AdamW and NCCL need none
-    # A folder of our own: DeepSpeed waits for ever on the lock that a build leaves behind when it is killed.
+    with _extensions() as folder:
+        _compile(folder)
+
+
+def load_extensions() -> None:
+    """Compile the extension where it is missing, and load it into this process, which DeepSpeed then finds there."""
+    if torch.cuda.is_available():
+        return
+    with _extensions() as folder:
+        _compile(folder)
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        ShareMemCommBuilder().load(verbose=False)
+
+
+@contextmanager
+def _extensions() -> Iterator[Path]:
+    """The folder of compiled extensions, for this process alone.
+
+    A process that is killed while it compiles or loads leaves a file `lock` there, on which all others would wait for
+    ever. Every process of ours holds a lock of the kernel's meanwhile, which ends with it: what is found is stale.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mora-repro"
     cache.mkdir(parents=True, exist_ok=True)
     folder = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"torch{torch.__version__}"))
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with FileLock(cache / "build.lock"):
-        if list(Path(folder).rglob("*/deepspeed_shm_comm*.so")):
-            return
+        for stale in Path(folder).rglob("lock"):
+            stale.unlink()
+        yield Path(folder)
+
+
+def _compile(folder: Path) -> None:
+    if not list(folder.rglob("deepspeed_shm_comm*.so")):
         if shutil.which("g++") is None:
             raise UserError(
                 "DeepSpeed compiles an extension for CPUs, and there is no g++. On Debian or Ubuntu: "
                 "apt-get install g++. Without DeepSpeed: trainer=ddp"
             )
-        for stale in Path(folder).rglob("lock"):
-            stale.unlink()
         print("compiling DeepSpeed's extension for CPUs, once: a minute or so ...", file=sys.stderr, flush=True)
         # In a process of its own, since loading it changes this one.
         program = (
