@@ -240,7 +240,7 @@ ONLINE = """
 import sys
 import time
 from pathlib import Path
-sys.path.insert(0, "tests/training")
+sys.path[:0] = ["tests", "tests/training"]
 import test_loggers
 logs = test_loggers.train(Path(sys.argv[1]), {**test_loggers.WANDB, "mode": "online"})
 print("steps:", logs[-1]["step"])
