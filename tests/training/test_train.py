@@ -109,7 +109,7 @@ def test_a_run_stopped_while_it_saves_its_weights_does_not_train_a_step_too_many
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mora_repro.training.train.save_trained", stopped)
+        patch.setattr(sys.modules["mora_repro.training.train"], "save_trained", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(spec, Options(out=str(cut)))
     assert store.load(spec.id) is None and not (store.work(spec.id) / "model").exists()
