@@ -105,7 +105,7 @@ def test_a_run_stopped_while_it_saves_its_weights_does_not_train_a_step_too_many
     command("train.py", *arguments, f"out={whole}")
     spec, store = RunSpec.from_config(compose_config(arguments)), Store(cut)
 
-    def stopped(*_):
+    def stopped(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
