@@ -11,10 +11,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from peft import PeftModel
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
@@ -22,9 +20,8 @@ from transformers.utils import logging as transformers_logging
 from .errors import UserError, did_you_mean
 from .methods import load_base, load_tokenizer
 from .results.records import Record, Store
-from .spec import CONF, RunSpec
-from .spec.compose import explain
-from .spec.run_spec import Strict, describe
+from .spec import RunSpec
+from .spec.run_spec import Strict, script_config
 
 ADAPTER = "adapter_config.json"
 BASE = "base"  # an adapter's base model lies here where no hub and no other folder has it
@@ -40,16 +37,6 @@ class Export(Strict):
     to: str | None
     out: str
 
-    @classmethod
-    def from_config(cls, config: DictConfig) -> Export:
-        """Raises UserError: a missing value, or one of the wrong kind."""
-        try:
-            return cls.model_validate(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-        except OmegaConfBaseException as error:
-            raise explain(error, [], CONF / "scripts" / "export.yaml") from error
-        except ValidationError as error:
-            raise UserError(describe(error, "scripts/export.py")) from error
-
 
 def main(config: DictConfig) -> int:
     """`python scripts/export.py`.
@@ -61,7 +48,7 @@ def main(config: DictConfig) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where PEFT looks for it, warns
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    wanted = Export.from_config(config)
+    wanted = script_config(Export, config, "export")
     store = Store(wanted.out)
     record = _record(wanted.run, store)
     weights = _weights(record, store)

@@ -32,10 +32,10 @@ from .evaluation import evaluate, prompt_room
 from .machine import refuse_full_disk, what_takes_less_memory
 from .methods import (
     apply_method,
-    computes_in_bf16,
     count_parameters,
     load_base,
     load_tokenizer,
+    precision,
 )
 from .results.environment import describe_environment, peak_memory_mb
 from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store, write_atomically
@@ -109,7 +109,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         spec=spec,
         command=shlex.join(["python", "train.py", *options.overrides]),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        environment=describe_environment("bf16" if computes_in_bf16(spec) else "fp32"),
+        environment=describe_environment(precision(spec)),
     )
     try:
         if spec.training.threads:
@@ -224,7 +224,7 @@ def _how_it_runs(spec: RunSpec, arguments: TrainingArguments) -> str:
     batch = f"batch {spec.training.batch_size} = {size()} x {micro} x {accumulation}"
     return (
         f"trainer={spec.trainer.name} on {size()} {where} process{'es' if size() > 1 else ''}, "
-        f"{'bf16' if arguments.bf16 else 'fp32'}; {batch}"
+        f"{precision(spec)}; {batch}"
     )
 
 

@@ -89,13 +89,13 @@ def start(spec: RunSpec, options: Options, processes: int) -> int:
 def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) -> int:
     """This process's part of a run that a launcher started; the exit status. Of many errors, one is shown."""
     try:
-        if size() == 1 and not spec.trainer.stage:
-            for name in VARIABLES:  # alone without DeepSpeed: as if no launcher had been there, to the bit
-                os.environ.pop(name, None)
-            return INTERRUPTED if run(spec, options, need_weights).status == "interrupted" else 0
         if spec.trainer.stage:
             load_extensions()
-        join(deepspeed=spec.trainer.stage > 0)
+        if size() > 1 or spec.trainer.stage:
+            join(deepspeed=spec.trainer.stage > 0)
+        else:
+            for name in VARIABLES:  # alone without DeepSpeed: as if no launcher had been there, to the bit
+                os.environ.pop(name, None)
         record = run(spec, options, need_weights)
         leave()
         return INTERRUPTED if record.status == "interrupted" else 0

@@ -8,25 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, PositiveInt, ValidationError
+from omegaconf import DictConfig
+from pydantic import Field, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .errors import UserError
 from .results.records import Store
 from .results.search import tries, write_search
-from .spec import CONF, INTERRUPTED, RunSpec, compose_config
-from .spec.compose import ROOT, explain
-from .spec.run_spec import Strict, describe
+from .signals import answered_by, interrupt
+from .spec import INTERRUPTED, RunSpec, compose_config
+from .spec.compose import ROOT
+from .spec.run_spec import Strict, script_config
 from .spec.table import FIRST_SEARCH_SEED, load_table
 
 POLL_SECONDS = 0.5
@@ -46,7 +43,7 @@ class Job:
 
 def main(config: DictConfig) -> int:
     """`python scripts/sweep.py`; the exit status: 0, 1 where a run failed, 130 when interrupted."""
-    sweep = Sweep.from_config(config)
+    sweep = script_config(Sweep, config, "sweep")
     if sweep.scale == "paper" and not _gpus():
         names = ",".join(sweep.tables)
         raise UserError(
@@ -80,16 +77,6 @@ class Sweep(Strict):
     workers: PositiveInt | None
     out: str
 
-    @classmethod
-    def from_config(cls, config: DictConfig) -> Sweep:
-        """Raises UserError: a missing value, or one of the wrong kind."""
-        try:
-            return cls.model_validate(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-        except OmegaConfBaseException as error:
-            raise explain(error, [], CONF / "scripts" / "sweep.yaml") from error
-        except ValidationError as error:
-            raise UserError(describe(error, "scripts/sweep.py")) from error
-
     @property
     def tables(self) -> list[str]:
         return [str(name) for name in (self.table if isinstance(self.table, tuple) else (self.table,))]
@@ -118,7 +105,8 @@ def run_jobs(jobs: list[Job], store: Store, workers: int | None = None) -> int:
     if not waiting:
         return 0
     pool = Pool(store, console, waiting)
-    with pool, _interrupts():
+    # Also where SIGINT was ignored, as in background jobs.
+    with pool, answered_by(interrupt, signal.SIGINT, signal.SIGTERM):
         try:
             pool.work(waiting, workers or _default_workers())
         except KeyboardInterrupt:
@@ -300,20 +288,3 @@ def _gpus() -> list[str]:
 
 def _default_workers() -> int:
     return len(_gpus()) or len(os.sched_getaffinity(0))
-
-
-@contextmanager
-def _interrupts() -> Iterator[None]:
-    """Within: SIGINT and SIGTERM raise KeyboardInterrupt, also where SIGINT was ignored, as in background jobs."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

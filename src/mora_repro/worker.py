@@ -19,7 +19,7 @@ def _end_with_parent() -> None:
 
 def main() -> int:
     _end_with_parent()
-    from .spec.compose import interrupts_by_every_signal
+    from .signals import interrupts_by_every_signal
     from .spec.options import RunFile
     from .start import as_one_of_many, show_warnings  # takes seconds
 

@@ -118,14 +118,17 @@ def main() -> None:
     merging = Watched(spec, model)
     merging.seen = {}
     trainer = TaskTrainer(
+        spec,
+        dict,
+        merging,
+        None,
+        1,
         model=model,
         args=arguments,
         train_dataset=data.examples,
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[merging],
     )
-    trainer.spec, trainer.merging, trainer.keep_checkpoints, trainer.checkpoint = spec, merging, 1, None
-    trainer.evaluate_task, trainer.allocates = dict, False
     trainer.train()
     merging.seen["lr"] = spec.lr
     if distributed.is_main():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -47,6 +47,11 @@ def computes_in_bf16(spec: RunSpec) -> bool:
     if spec.trainer.precision:
         return spec.trainer.precision == "bf16"
     return spec.scale == "paper" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def precision(spec: RunSpec) -> Literal["bf16", "fp32"]:
+    """What a run computes in on this machine."""
+    return "bf16" if computes_in_bf16(spec) else "fp32"
 
 
 def load_base(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, weights: Path | None) -> PreTrainedModel:

@@ -27,18 +27,13 @@ from torch import nn
 
 from ..errors import UserError
 from ..spec import CONF, RunSpec
-from .base import computes_in_bf16
+from .base import precision
 from .method import count_parameters
 
 Device = Literal["cuda", "cpu"]
 MAX_GPUS = 1024
 GPU = "GPU memory in each process", "a GPU here has"
 MACHINE = "this machine's memory", "it has free"
-
-
-def precision(spec: RunSpec) -> Literal["bf16", "fp32"]:
-    """What a run computes in on this machine."""
-    return "bf16" if computes_in_bf16(spec) else "fp32"
 
 
 def bytes_per_process(spec: RunSpec, model: nn.Module, processes: int) -> int:

@@ -118,11 +118,11 @@ def _lies_below(path: str | bytes, folder: Path) -> bool:
     return place.is_relative_to(root) or root.is_relative_to(place)
 
 
-def _in_words(differences: dict[str, tuple[object, object]]) -> str:
+def _in_words(differences: dict[str, object]) -> str:
     """The other's values, of four keys at most; the parts of a trainer follow from its name."""
     shown = [
         f"{key}={was}"
-        for key, (_, was) in differences.items()
+        for key, was in differences.items()
         if not key.startswith(("trainer.deepspeed", "trainer.stage", "trainer.offload"))
     ]
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ..errors import UserError, did_you_mean
+from ..signals import interrupts_by_every_signal
 from .secrets import refuse_secrets
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -210,18 +210,6 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
         print(f"interrupted; the same command{without} goes on where it was.", file=sys.stderr)
         sys.exit(INTERRUPTED)
     sys.exit(max(status, default=0))
-
-
-def interrupts_by_every_signal() -> None:
-    """SIGTERM, SIGUSR1 (of Slurm, before a time limit) and SIGHUP raise KeyboardInterrupt, as SIGINT does."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, interrupt)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
-        signal.signal(signal.SIGHUP, interrupt)
 
 
 def _exit(error: UserError) -> None:

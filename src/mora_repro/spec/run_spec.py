@@ -7,7 +7,7 @@ import json
 from functools import cache, reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,12 +23,11 @@ from pydantic import (
 )
 
 from ..errors import UserError
-from .compose import RUN, compose_config, explain, find_row
+from .compose import CONF, RUN, compose_config, explain, find_row
 from .secrets import refuse_secrets
 
 # Keys of a configuration that do not change what a run computes; Options has them.
 OUTSIDE_IDENTITY = ("out", "rerun", "logger", "trainer.keep_checkpoints")
-
 
 Grouping = Literal["strided", "blocked"]  # as mora.operators.Grouping, whose import takes seconds
 
@@ -37,6 +36,9 @@ class Strict(BaseModel):
     """Immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Config = TypeVar("Config", bound=Strict)
 
 
 class Merge(Strict):
@@ -237,10 +239,10 @@ class RunSpec(Strict):
         rank = "" if self.r is None else f"-r{self.r}"
         return f"{self.scale}-{self.task['name']}-{self.method.name}{rank}-s{self.seed}-{digest}"
 
-    def differences(self, other: RunSpec) -> dict[str, tuple[Any, Any]]:
-        """The dotted keys in which two runs differ, with this one's and the other's value (None where it has none)."""
+    def differences(self, other: RunSpec) -> dict[str, Any]:
+        """The dotted keys in which another run differs from this one, with its values (None where it has none)."""
         ours, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-        return {key: (ours.get(key), theirs.get(key)) for key in ours | theirs if ours.get(key) != theirs.get(key)}
+        return {key: theirs.get(key) for key in ours | theirs if ours.get(key) != theirs.get(key)}
 
     def notices(self) -> list[str]:
         """What the user should know of a valid spec: so far, a recipe taken from another rank."""
@@ -296,3 +298,16 @@ def describe(error: ValidationError, script: str = "train.py") -> str:
         shown = f"{key}={item['input']!r}: " if not isinstance(item["input"], dict) else (f"{key}: " if key else "")
         lines.append(shown + problem[0].lower() + problem[1:])
     return "\n       ".join(lines) + f". See it whole: python {script} --cfg job --resolve"
+
+
+def script_config(kind: type[Config], config: DictConfig, script: str) -> Config:
+    """The composed configuration conf/scripts/<script>.yaml of a script, validated.
+
+    Raises UserError: a missing value, or one of the wrong kind.
+    """
+    try:
+        return kind.model_validate(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise explain(error, [], CONF / "scripts" / f"{script}.yaml") from error
+    except ValidationError as error:
+        raise UserError(describe(error, f"scripts/{script}.py")) from error

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import distributed
+from ..signals import answered_by
 from ..spec import RunSpec
 
 
@@ -48,8 +49,6 @@ class GracefulStop(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-
         def note(number: int, _: Any) -> None:
             if not self.asked:
                 distributed.say("\nstopping after this step ...")
@@ -57,13 +56,8 @@ class GracefulStop(TrainerCallback):
             if number == signal.SIGINT:
                 signal.signal(number, before[signal.SIGINT])
 
-        for number in before:
-            signal.signal(number, note)
-        try:
+        with answered_by(note, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) as before:
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if distributed.any_of(self.asked) and state.global_step < state.max_steps:

@@ -29,7 +29,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """
     found: tuple[Path, int] | None = None
     if distributed.is_main():
-        for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
             if (processes := _written_by(path)) is None:
                 distributed.say(f"{path} is not whole, and is removed")
                 shutil.rmtree(path)
@@ -41,14 +41,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     path, processes = found
     if processes != distributed.size():
         raise UserError(
-            f"this run was interrupted at step {_step(path)} with {processes} processes, and {distributed.size()} "
+            f"this run was interrupted at step {step_of(path)} with {processes} processes, and {distributed.size()} "
             f"can't go on with its checkpoints. Start it on {processes} again (GPUs, or a launcher's processes), or "
             f"anew with rerun=true"
         )
     return path
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The optimizer step of a checkpoint's folder."""
     return int(path.name.split("-")[1])
 
 
@@ -76,7 +77,7 @@ def seal(partial: Path, final: Path, keep: int) -> None:
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _sync(final.parent)
-    for path in sorted(final.parent.glob("checkpoint-*"), key=_step)[:-keep]:
+    for path in sorted(final.parent.glob("checkpoint-*"), key=step_of)[:-keep]:
         shutil.rmtree(path)
 
 

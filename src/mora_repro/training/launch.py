@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock
 
 from ..errors import UserError
+from ..signals import answered_by
 from ..spec import INTERRUPTED, RunSpec
 
 POLL_SECONDS = 0.2
@@ -45,7 +46,7 @@ def build_extensions() -> None:
     """
     if torch.cuda.is_available():
         return  # on GPUs, torch's AdamW and NCCL need none
-    with _extensions() as folder:
+    with _alone_in(folder := _extensions()):
         _compile(folder)
 
 
@@ -53,28 +54,34 @@ def load_extensions() -> None:
     """Compile the extension where it is missing, and load it into this process, which DeepSpeed then finds there."""
     if torch.cuda.is_available():
         return
-    with _extensions() as folder:
-        _compile(folder)
-        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    folder = _extensions()
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder  # seconds, not while others wait for the lock
 
+    with _alone_in(folder):
+        _compile(folder)
         ShareMemCommBuilder().load(verbose=False)
 
 
+def _extensions() -> Path:
+    """The folder of compiled extensions, which DeepSpeed is told of."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mora-repro"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"torch{torch.__version__}")))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @contextmanager
-def _extensions() -> Iterator[Path]:
-    """The folder of compiled extensions, for this process alone.
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within: no other process of ours compiles or loads extensions.
 
     A process that is killed while it compiles or loads leaves a file `lock` there, on which all others would wait for
     ever. Every process of ours holds a lock of the kernel's meanwhile, which ends with it: what is found is stale.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mora-repro"
-    cache.mkdir(parents=True, exist_ok=True)
-    folder = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"torch{torch.__version__}"))
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with FileLock(cache / "build.lock"):
-        for stale in Path(folder).rglob("lock"):
+    with FileLock(folder / "ours.lock"):
+        for stale in folder.rglob("lock"):
             stale.unlink()
-        yield Path(folder)
+        yield
 
 
 def _compile(folder: Path) -> None:
@@ -208,11 +215,5 @@ def _signals_go_to(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    before: dict[int, Callable[..., Any] | int | None] = {
-        number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
-    try:
+    with answered_by(pass_on, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,7 +17,7 @@ from mora import MoraLayer, MoraModel
 from .. import distributed
 from ..errors import UserError
 from ..spec import RunSpec
-from .optimizer import restart_adapters
+from .optimizer import adapter_of, restart_adapters
 from .sharded import load_into, state_of_main, written_by_main
 
 ADAPTER = "default"
@@ -111,7 +111,7 @@ class Merging(TrainerCallback):
             torch.manual_seed(hash_of(self.seed, number))
             for name, layer in adapted_layers(self.model).items():
                 weight = base_weight(layer)
-                with written_by_main([weight, *_adapter_of(layer)]):
+                with written_by_main([weight, *adapter_of(layer)]):
                     if distributed.is_main():
                         self._add(name, weight, _delta(layer))
                         _start_anew(layer)
@@ -151,7 +151,7 @@ def merge_for_good(model: nn.Module) -> None:
     """Add every LoRA's or MoRA's update to its weight, for saving; the adapter is not to be used afterwards."""
     for layer in adapted_layers(model).values():
         weight = base_weight(layer)
-        with written_by_main([weight, *_adapter_of(layer)]), torch.no_grad():
+        with written_by_main([weight, *adapter_of(layer)]), torch.no_grad():
             if distributed.is_main():
                 weight.copy_(weight.float() + _delta(layer).float())
 
@@ -163,15 +163,6 @@ def hash_of(seed: int, number: int) -> int:
 
 def _delta(layer: LoraLayer | MoraLayer) -> Tensor:
     return cast(Any, layer).get_delta_weight(ADAPTER)  # of the classes for linear layers, not of LoraLayer
-
-
-def _adapter_of(layer: BaseTunerLayer) -> list[Tensor]:
-    return [
-        parameter
-        for name in layer.adapter_layer_names
-        if isinstance(part := getattr(layer, name), nn.Module)
-        for parameter in part.parameters()
-    ]
 
 
 def _start_anew(layer: LoraLayer | MoraLayer) -> None:

@@ -14,15 +14,16 @@ from ..errors import UserError
 from ..spec.run_spec import Merge, Method
 
 
+def adapter_of(layer: BaseTunerLayer) -> list[nn.Parameter]:
+    """The parameters that a PEFT tuner added to one layer."""
+    parts = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+    return [parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()]
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a PEFT tuner added, by name, trained or not."""
-    added = {
-        id(parameter)
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
-        for name in layer.adapter_layer_names
-        for parameter in _parameters_of(getattr(layer, name, None))
-    }
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    added = {id(parameter) for layer in layers for parameter in adapter_of(layer)}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in added}
 
 
@@ -30,10 +31,6 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What training changes, and what of an adapter it leaves, by name."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trained | adapter_parameters(model)
-
-
-def _parameters_of(part: Any) -> list[nn.Parameter]:
-    return list(part.parameters()) if isinstance(part, nn.Module) else []
 
 
 def parameter_groups(

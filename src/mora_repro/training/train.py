@@ -28,7 +28,7 @@ from ..spec import RunSpec
 from ..spec.options import Options
 from ..spec.run_spec import Training
 from .callbacks import EvaluateAt, GracefulStop, MetricsFile, NoCheckpointAtTheEnd, ProgressLine
-from .checkpoints import last_checkpoint, read_tensors, save_trained, seal, write_tensors
+from .checkpoints import last_checkpoint, read_tensors, save_trained, seal, step_of, write_tensors
 from .loggers import logger_callback
 from .merging import Merging, refuse_no_merge
 from .optimizer import parameter_groups, trained_parameters, with_restarts
@@ -138,7 +138,13 @@ def train(
         refuse_no_merge(spec, model)
     stop = GracefulStop()
     merging = Merging(spec, model) if spec.method.merge else None
+    checkpoint = last_checkpoint(work / "checkpoints")
     trainer = TaskTrainer(
+        spec,
+        evaluate,
+        merging,
+        checkpoint,
+        options.keep_checkpoints,
         model=model,
         args=arguments,
         train_dataset=examples,  # a list is a map-style dataset
@@ -150,9 +156,6 @@ def train(
             *([merging] if merging else []),
         ],
     )
-    trainer.spec, trainer.evaluate_task = spec, evaluate
-    trainer.keep_checkpoints, trainer.merging = options.keep_checkpoints, merging
-    trainer.allocates = isinstance(getattr(model, "base_model", None), AdaLoraModel)
     if trainer.allocates:
         trainer.add_callback(AllocateRank(model, distributed.size() * arguments.gradient_accumulation_steps))
     line = ProgressLine(spec, lambda: int(trainer.tokens_seen)) if distributed.is_main() else None
@@ -164,10 +167,8 @@ def train(
     trainer.add_callback(Restored(trainer))
     trainer.remove_callback(PrinterCallback)  # the Trainer's own printing; ProgressLine takes its place
     set_seed(spec.seed)
-    checkpoint = last_checkpoint(work / "checkpoints")
-    trainer.checkpoint = checkpoint
     if checkpoint:
-        distributed.say(f"going on from step {checkpoint.name.split('-')[1]}")
+        distributed.say(f"going on from step {step_of(checkpoint)}")
     start = time.monotonic()
     with stop.listening(), line or nullcontext(), logger or nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -185,14 +186,22 @@ class TaskTrainer(Trainer):
     the log of a resumed run is that of one that never stopped.
     """
 
-    spec: RunSpec
-    evaluate_task: Callable[[], dict[str, float]]
-    keep_checkpoints: int
-    merging: Merging | None
-    checkpoint: Path | None
-    allocates: bool  # AdaLoRA
-    evaluation_seconds = 0.0
-    tokens_seen: int | torch.Tensor = 0
+    def __init__(
+        self,
+        spec: RunSpec,
+        evaluate_task: Callable[[], dict[str, float]],
+        merging: Merging | None,
+        checkpoint: Path | None,
+        keep_checkpoints: int,
+        **arguments: Any,
+    ):
+        """`checkpoint` is the one that the training goes on from; `arguments` are the Trainer's."""
+        super().__init__(**arguments)
+        self.spec, self.evaluate_task, self.merging = spec, evaluate_task, merging
+        self.checkpoint, self.keep_checkpoints = checkpoint, keep_checkpoints
+        self.allocates = isinstance(getattr(self.network, "base_model", None), AdaLoraModel)
+        self.evaluation_seconds = 0.0
+        self.tokens_seen: int | torch.Tensor = 0
 
     @property
     def network(self) -> nn.Module:
