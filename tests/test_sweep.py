@@ -3,10 +3,10 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
+from processes import wait_for_checkpoint
 from tiny import ROOT, TINY
 
 from mora_repro.results.records import Store
@@ -50,9 +50,7 @@ def alive(pattern: str) -> bool:
 def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     command = [sys.executable, "-c", SWEEP, str(tmp_path), *TINY, "training.steps=300"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(tmp_path.glob("work/*/checkpoints/checkpoint-*")):
-        time.sleep(0.02)
+    wait_for_checkpoint(tmp_path)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 130, said

@@ -1,6 +1,5 @@
 """What a run takes in memory: numbers by hand, those of real trainings, and what a refusal says."""
 
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import alone
 from tiny import TINY
 from torch import nn
 
@@ -154,18 +154,7 @@ print("measured over reckoned:", measured / _bytes(spec, shapes, 1))
     ],
 )
 def test_deepspeed_keeps_it(trainer, precision, frozen):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(29900 + os.getpid() % 200),
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-    }
+    environment = {**alone(29900, Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", DEEPSPEED, trainer, precision, frozen], capture_output=True, text=True, env=environment
     )

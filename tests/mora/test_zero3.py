@@ -1,11 +1,11 @@
 """DeepSpeed ZeRO 3: training, merging and unmerging where all weights are partitioned."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import alone
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed")
 
@@ -82,18 +82,7 @@ print("all held")
 def test_training_and_merging_under_zero_3_is_as_without(operator, tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    with_models = os.pathsep.join([str(HERE), *sys.path])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": with_models,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(29700 + os.getpid() % 200),
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = alone(29700, HERE)
     done = subprocess.run(
         [sys.executable, str(worker), operator], capture_output=True, text=True, env=environment, timeout=300
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import launcher
 from tiny import ROOT, TINY
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
@@ -37,8 +38,7 @@ SHARDED = "+trainer.deepspeed.zero_optimization.stage3_param_persistence_thresho
 def look(folder: Path, processes: int, *overrides: str) -> dict:
     build_extensions()
     program = Path(__file__).with_name("inside_a_merge.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, str(program), str(folder / "seen.json"), *TINY, *STEPS, *overrides]
+    command = [sys.executable, *launcher(processes), str(program), str(folder / "seen.json"), *TINY, *STEPS, *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "seen.json").read_text())

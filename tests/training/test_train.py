@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from outcome import assert_same_run, only_record, weights
+from processes import wait_for_checkpoint
 from tiny import ROOT, TINY
 
 from mora_repro.data.task import IGNORED, Example
@@ -139,9 +140,7 @@ def test_a_mistake_is_said_before_the_base_is_trained(command, tmp_path, overrid
 def test_an_interrupt_ends_a_multirun(tmp_path):
     arguments = [sys.executable, "train.py", "-m", "method=lora,mora", *TINY, "training.steps=400", f"out={tmp_path}"]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("work/*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(tmp_path)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 130 and said.count("the same command goes on where it was") == 1

@@ -6,13 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from outcome import assert_same_run, only_record, weights
+from processes import children_of, is_running, launcher, wait_for_checkpoint
 from tiny import ROOT, TINY
 
 from mora_repro import distributed
@@ -26,8 +26,8 @@ MERGES = ["method.merge.every=5", "method.merge.restart_warmup=2"]
 METHODS = [method for method in options("method") if method != "peft"]
 CORE = ["fft", "lora", "mora", "relora", "remora"]
 MERGING = ("relora", "remora", "periodic_lora")
+LAUNCHER = launcher(2)
 # Nothing is kept whole between steps, as with parameters of a real model's size.
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 SHARDED = "+trainer.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 
 
@@ -42,9 +42,8 @@ def many(folder: Path, processes: int, runs: list[dict]) -> None:
     plan = folder / f"plan-{len(list(folder.iterdir()))}.json"
     plan.write_text(json.dumps(runs))
     program = [str(Path(__file__).with_name("many_runs.py")), str(plan)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     alone = processes == 1 and "trainer=plain" in runs[0]["overrides"]
-    command = [sys.executable, *([] if alone else launcher), *program]
+    command = [sys.executable, *([] if alone else launcher(processes)), *program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
 
@@ -134,9 +133,7 @@ def test_a_run_under_zero_3_that_is_killed_leaves_no_process_and_goes_on_to_the_
     assert done.returncode == 0, done.stderr
     arguments = [sys.executable, "train.py", *overrides("remora", *how), f"out={killed}"]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("work/*/checkpoints/checkpoint-11")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(killed, "checkpoint-11")
     children = children_of(process.pid)
     process.kill()
     process.communicate()
@@ -145,24 +142,6 @@ def test_a_run_under_zero_3_that_is_killed_leaves_no_process_and_goes_on_to_the_
     done = train("remora", *how, f"out={killed}")
     assert done.returncode == 0 and "going on from step 1" in done.stderr, done.stderr
     assert_same_run(whole, killed)
-
-
-def children_of(process: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True)
-    return [int(child) for child in found.stdout.split()]
-
-
-def is_running(process: int) -> bool:
-    """Whether a process is there and not merely waiting for its parent to look at it; it gets a moment to end."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{process}/stat").read_text().split(") ")[1][0] == "Z":
-                return False
-        except OSError:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 # The loss is logged every 7 steps: its mean must not forget the steps before a stop.
@@ -182,9 +161,7 @@ def never_stopped(tmp_path_factory):
 def test_a_signal_stops_all_processes_after_the_same_step(never_stopped, tmp_path, number):
     arguments = [sys.executable, "train.py", *overrides("relora", *RARELY), f"out={tmp_path}"]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("work/*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(tmp_path)
     process.send_signal(number)
     said = process.communicate()[1]
     assert process.returncode == 130, said
@@ -211,7 +188,7 @@ def test_torchrun_is_joined_and_rank_0_trains_the_base(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[], LAUNCHER], ids=["by itself", "torchrun"])
+@pytest.mark.parametrize("started_by", [[], LAUNCHER], ids=["by itself", "torchrun"])
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -219,23 +196,21 @@ def test_torchrun_is_joined_and_rank_0_trains_the_base(tmp_path):
         ("method.peft.target_modules=[query]", "error: method=lora: .*'query'.* linear layers: q_proj, "),
     ],
 )
-def test_an_error_of_all_processes_is_shown_once(tmp_path, launcher, override, said):
+def test_an_error_of_all_processes_is_shown_once(tmp_path, started_by, override, said):
     arguments = ["train.py", "method=lora", *TINY, "trainer.processes=2", override]
-    command = [sys.executable, *launcher, *arguments, f"out={tmp_path}"]
+    command = [sys.executable, *started_by, *arguments, f"out={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == (1 if launcher else 2), done.stderr
+    assert done.returncode == (1 if started_by else 2), done.stderr
     ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(ours) == 1 and re.match(said, ours[0]), done.stderr
-    assert launcher or "Traceback" not in done.stderr
+    assert started_by or "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_every_process_ends_where_one_is_killed(tmp_path):
     arguments = [sys.executable, "train.py", "method=lora", *TINY, "training.steps=2000", "trainer.processes=2"]
     process = subprocess.Popen([*arguments, f"out={tmp_path}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("work/*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(tmp_path)
     children = children_of(process.pid)
     assert len(children) == 2
     os.kill(children[1], signal.SIGKILL)
@@ -279,9 +254,7 @@ def test_hydras_multirun_starts_processes_for_every_run(tmp_path):
 def test_a_changed_spec_is_said_to_be_another_run(tmp_path):
     arguments = [sys.executable, "train.py", *overrides("lora", "training.steps=2000", f"out={tmp_path}")]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("work/*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(tmp_path)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     said = train("lora", f"out={tmp_path}").stderr
