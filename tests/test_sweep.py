@@ -79,6 +79,7 @@ def test_table_2_has_the_rows_of_the_paper():
     assert [r for _, r in [(c.method, c.r) for c in load_table("figure2").cells("paper")]][1:] == ranks("paper")["all"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "number"), [(("2", "figure2"), 15), (("gsm8k",), 6)])
 def test_every_cell_gets_the_same_number_of_different_tries(names, number):
     for cell in {cell for name in names for cell in load_table(name).cells("mini")}:
@@ -110,6 +111,7 @@ def test_the_best_try_has_the_best_mean_score_and_edges_are_marked(tmp_path):
     assert table.best.tolist() == [True, False, False, False] and table.edge.tolist() == [True, False, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "rows"), [(("2", "figure2"), 9), (("gsm8k",), 5)])
 def test_the_mini_recipes_are_the_best_of_the_search_that_is_recorded(names, rows):
     table = pd.read_csv(ROOT / "results" / "search" / f"{'-'.join(names)}-mini.csv")

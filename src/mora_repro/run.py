@@ -12,13 +12,14 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
+from .data.preparation import prepare
 from .data.task import build_task
 from .distributed import (
     barrier,
@@ -28,7 +29,7 @@ from .distributed import (
     size,
 )
 from .errors import Diverged, UserError
-from .evaluation import evaluate, prompt_room
+from .evaluation import ENOUGH, evaluate, refuse_no_room
 from .machine import refuse_full_disk, what_takes_less_memory
 from .methods import (
     apply_method,
@@ -116,16 +117,16 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
             torch.set_num_threads(spec.training.threads)
         task = build_task(spec)
         tokenizer = load_tokenizer(spec)
-        data = task.training_set(tokenizer, spec.training.max_length)
+        benchmarks = task.benchmarks(spec.eval)  # an error of their files comes before all work
+        data = prepare(spec, task, tokenizer)
         for notice in task.notices():
             say(notice)
         base_weights = None
         if spec.model.base:
-            assert task.asked  # an error of the questions' files comes before the base's training
             if not _base_is_there(spec, options, store):
                 return record.model_copy(update={"status": "interrupted"})
             base_weights = store.work(spec.base_spec().id) / "model"
-        say(f"{spec.id}\n{task.title}: {len(data.examples)} samples, {data.tokens} tokens; working folder: {work}")
+        say(f"{spec.id}\n{task.title}: {len(data)} samples, {data.tokens} tokens; working folder: {work}")
         if data.truncated or data.dropped:
             say(f"{data.truncated} samples cut at {spec.training.max_length} tokens, {data.dropped} of them dropped")
         if spec.trainer.stage == 3 and not (spec.model.pretrained or base_weights):
@@ -133,9 +134,9 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         arguments = training_arguments(spec, work)  # before the model, so that ZeRO 3 shards it from the first moment
         say(_how_it_runs(spec, arguments))
         set_seed(spec.seed)
-        steps = steps_of(spec.training, len(data.examples))
+        steps = steps_of(spec.training, len(data))
         model = apply_method(load_base(spec, tokenizer, base_weights), spec, steps)
-        prompt_room(cast(PreTrainedModel, model), tokenizer, task)  # before hours of training, not after
+        refuse_no_room(cast(PreTrainedModel, model), tokenizer, benchmarks)
         trainable, total = count_parameters(model)
         say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")
         refuse_full_disk(spec, options, store, work, model)
@@ -145,8 +146,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
             arguments,
             model,
             tokenizer,
-            data.examples,
-            partial(evaluate, cast(PreTrainedModel, model), tokenizer, task),
+            data,
+            partial(evaluate, cast(PreTrainedModel, model), tokenizer, benchmarks, task.mean_of),
             work,
         )
         record = record.model_copy(
@@ -154,7 +155,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
                 "status": "finished" if outcome.finished else "interrupted",
                 "data": Data(
                     fingerprint=data.fingerprint,
-                    examples=len(data.examples),
+                    examples=len(data),
                     tokens=data.tokens,
                     truncated=data.truncated,
                     dropped=data.dropped,
@@ -180,6 +181,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
             raise UserError(what_takes_less_memory(spec, error)) from error
         raise
     if save:
+        if record.status == "finished":
+            store.save_samples(spec.id, outcome.samples)
         store.save(record)
     return record
 
@@ -234,7 +237,9 @@ def _history(outcome: Outcome) -> dict[str, object]:
     evaluations = [
         Evaluation(
             step=entry["step"],
-            metrics={name.removeprefix("eval_"): entry[name] for name in entry if name.startswith("eval_")},
+            metrics=_with_prefix(entry, "eval_"),
+            stderr=_with_prefix(entry, "stderr_"),
+            counts=_with_prefix(entry, "count_"),
         )
         for entry in outcome.log
         if any(name.startswith("eval_") for name in entry)
@@ -248,6 +253,10 @@ def _history(outcome: Outcome) -> dict[str, object]:
         "evaluations": evaluations,
         "metrics": evaluations[-1].metrics if outcome.finished and evaluations else {},
     }
+
+
+def _with_prefix(entry: dict[str, float], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
 
 
 def _weights_sha256(folder: Path) -> str:
@@ -264,5 +273,8 @@ def _base_overrides(spec: RunSpec, overrides: list[str]) -> list[str]:
 
 
 def shown(record: Record) -> str:
-    """The final metrics, in words."""
-    return ", ".join(f"{name} {value:.2f}" for name, value in record.metrics.items()) or "no metrics"
+    """The final metrics, in words; those of few samples say so."""
+    counts = record.evaluations[-1].counts if record.evaluations else {}
+    few = {name: f" (of {counts[name]} samples)" for name in counts if counts[name] < ENOUGH}
+    scores = [f"{name} {value:.2f}{few.get(name, '')}" for name, value in record.metrics.items()]
+    return ", ".join(scores) or "no metrics"

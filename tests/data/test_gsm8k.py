@@ -10,10 +10,11 @@ from tiny import ROOT, TINY
 from transformers import ByT5Tokenizer
 
 from mora_repro.data.files import read_hub
-from mora_repro.data.gsm8k import CHANGE, LARGEST, Gsm8k, final_number, generate
-from mora_repro.data.task import build_task
+from mora_repro.data.gsm8k import CHANGE, LARGEST, Gsm8k, final_number, generate, score
+from mora_repro.data.task import build_task, pair
 from mora_repro.errors import UserError
 from mora_repro.spec import RunSpec, compose_config
+from mora_repro.spec.run_spec import Eval
 
 REAL = ROOT.parent / "shared" / "data" / "gsm8k"
 ROW = {"question": "How many?", "answer": "It is 3.\n#### 3"}
@@ -23,6 +24,11 @@ def task(*overrides: str) -> Gsm8k:
     made = build_task(RunSpec.from_config(compose_config(["scale=mini", "method=fft", "task=gsm8k", *overrides])))
     assert isinstance(made, Gsm8k)
     return made
+
+
+def asked(*overrides: str) -> list[tuple[str, str]]:
+    [questions] = task(*overrides).benchmarks(Eval())
+    return questions.pairs
 
 
 @pytest.mark.parametrize("steps", [(1, 1), (2, 3), (5, 5)])
@@ -47,10 +53,9 @@ def test_generated_problems_have_right_chains_and_answers(steps):
 
 def test_the_generated_world_is_a_function_of_the_seed_and_no_test_question_is_trained_on():
     assert generate(0, "train", 50, (2, 3)) == generate(0, "train", 50, (2, 3)) != generate(1, "train", 50, (2, 3))
-    made = task("task.train_limit=3000")
-    trained = {prompt for prompt, _ in made.pairs_to_train()}
-    asked = {prompt for prompt, _ in made.questions()}
-    assert (len(trained), len(asked)) == (3000, 200) and not trained & asked
+    trained = {prompt.text for prompt, _ in task("task.train_limit=3000").samples()}
+    test = {prompt for prompt, _ in asked()}
+    assert (len(trained), len(test)) == (3000, 200) and not trained & test
 
 
 def test_more_problems_than_there_are_is_an_error_that_says_how_many_there_are():
@@ -81,12 +86,15 @@ def test_the_final_number_of_an_answer(text, number):
     assert final_number(text) == number
 
 
-def test_score_compares_by_value():
-    made = task("task.test_limit=4")
-    golds = [str(final_number(gold)) for _, gold in made.questions()]
-    assert made.score([f"#### {golds[0]}.0", f"The answer is: {golds[1]}", "no", f"#### {golds[3]}1"]) == {
-        "exact_match": 50
-    }
+@pytest.mark.parametrize(
+    ("answer", "right"), [("#### 18.0", 1), ("The answer is: 18", 1), ("no", 0), ("", 0), ("#### 181", 0)]
+)
+def test_score_compares_by_value(answer, right):
+    assert score(answer, "9*2=18\n#### 18") == {"exact_match": (right, 1)}
+
+
+def test_a_gold_answer_without_a_number_is_never_right():
+    assert score("none", "none") == {"exact_match": (0, 1)}
 
 
 def write(folder, split: str, rows: list[dict]) -> None:
@@ -96,10 +104,10 @@ def write(folder, split: str, rows: list[dict]) -> None:
 def test_a_users_files_are_read_as_jsonl_or_parquet(tmp_path):
     write(tmp_path, "train", [ROW, {**ROW, "question": "And?", "source": "x"}])
     pd.DataFrame([ROW] * 3).to_parquet(tmp_path / "test.parquet")
-    made = task(f"task.data={tmp_path}")
-    assert made.pairs_to_train() == [("How many?\n", ROW["answer"]), ("And?\n", ROW["answer"])]
-    assert made.questions() == [("How many?\n", ROW["answer"])] * 3
-    assert len(task(f"task.data={tmp_path}", "task.train_limit=1").pairs_to_train()) == 1
+    samples = list(task(f"task.data={tmp_path}").samples())
+    assert samples == [pair("How many?\n", ROW["answer"]), pair("And?\n", ROW["answer"])]
+    assert asked(f"task.data={tmp_path}") == [("How many?\n", ROW["answer"])] * 3
+    assert len(list(task(f"task.data={tmp_path}", "task.train_limit=1").samples())) == 1
 
 
 @pytest.mark.parametrize(
@@ -116,13 +124,13 @@ def test_a_malformed_line_is_named_with_what_was_expected(tmp_path, line, said):
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match=said):
-        task(f"task.data={tmp_path}").pairs_to_train()
+        task(f"task.data={tmp_path}").samples()
 
 
 def test_a_file_of_another_encoding_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_bytes('{"question": "Café?", "answer": "3"}'.encode("latin-1"))
     with pytest.raises(UserError, match=r"train.jsonl can't be read as UTF-8"):
-        task(f"task.data={tmp_path}").pairs_to_train()
+        task(f"task.data={tmp_path}").samples()
 
 
 @pytest.mark.parametrize(
@@ -137,9 +145,13 @@ def test_a_value_that_makes_no_sense_is_named(override, said):
 def test_answers_to_a_users_questions_may_be_as_long_as_nine_of_ten_gold_answers(tmp_path):
     write(tmp_path, "test", [{**ROW, "answer": "1" * length} for length in range(1, 101)])
     tokenizer = ByT5Tokenizer(extra_ids=0)
-    assert task(f"task.data={tmp_path}").longest_answer(tokenizer) == 90 + 1
-    assert task(f"task.data={tmp_path}", "task.max_new_tokens=500").longest_answer(tokenizer) == 500
-    assert task().longest_answer(tokenizer) == 48
+    for overrides, longest in [
+        ([f"task.data={tmp_path}"], 90 + 1),
+        ([f"task.data={tmp_path}", "task.max_new_tokens=500"], 500),
+        ([], 48),
+    ]:
+        [questions] = task(*overrides).benchmarks(Eval())
+        assert questions.longest(tokenizer) == longest
 
 
 def test_limits_on_a_users_files_are_said(tmp_path):
@@ -150,16 +162,16 @@ def test_limits_on_a_users_files_are_said(tmp_path):
 
 def test_missing_empty_and_broken_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere is no folder.*task.data=generated"):
-        task(f"task.data={tmp_path / 'nowhere'}").pairs_to_train()
+        task(f"task.data={tmp_path / 'nowhere'}").samples()
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"has no train.jsonl or train.parquet; it holds notes.txt"):
-        task(f"task.data={tmp_path}").pairs_to_train()
+        task(f"task.data={tmp_path}").samples()
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(UserError, match=r"train.jsonl has no rows; 'question', 'answer' are expected"):
-        task(f"task.data={tmp_path}").pairs_to_train()
+        task(f"task.data={tmp_path}").samples()
     (tmp_path / "test.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"test.parquet is no parquet file"):
-        task(f"task.data={tmp_path}").questions()
+        asked(f"task.data={tmp_path}")
 
 
 def test_a_run_on_a_malformed_file_ends_with_one_error(command, tmp_path):
@@ -179,11 +191,11 @@ def test_the_hub_out_of_reach_says_how_to_get_the_data_beforehand():
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K files are not beside this checkout")
 def test_real_gsm8k_is_read_and_every_gold_answer_is_scored_right():
-    made = task(f"task.data={REAL}", "task.train_limit=null", "task.test_limit=null")
-    assert len(made.pairs_to_train()) == 7473
-    golds = [gold for _, gold in made.questions()]
-    assert len(golds) == 1000 and made.score(golds) == {"exact_match": 100}
-    assert made.score([""] * 1000) == {"exact_match": 0}
+    everything = [f"task.data={REAL}", "task.train_limit=null", "task.test_limit=null"]
+    assert len(list(task(*everything).samples())) == 7473
+    golds = [gold for _, gold in asked(*everything)]
+    assert len(golds) == 1000 and all(score(gold, gold) == {"exact_match": (1, 1)} for gold in golds)
+    assert all(score("", gold) == {"exact_match": (0, 1)} for gold in golds)
 
 
 @pytest.mark.slow

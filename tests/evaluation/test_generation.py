@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from scipy import stats
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -14,9 +15,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from mora_repro.data.task import Task, prompt_tokens
+from mora_repro.data.benchmarks import Questions
+from mora_repro.data.task import prompt_tokens
 from mora_repro.errors import UserError
-from mora_repro.evaluation import answer, evaluate
+from mora_repro.evaluation import answer, evaluate, refuse_no_room
 
 
 @pytest.fixture(scope="module")
@@ -75,39 +77,39 @@ def test_answers_are_greedy_whatever_the_model_ships(model, tokenizer):
     model.generation_config = own
 
 
+def echo(length: int, longest: int = 4) -> Questions:
+    """A prompt of a given length and a short one, scored by the number of answers."""
+    pairs = [("q" * length, "a"), ("short", "b")]
+    return Questions("echo", pairs, lambda answer, gold: {"answers": (1, 1)}, lambda tokenizer: longest)
+
+
 def test_a_model_without_a_limit_of_positions_is_asked_too(tokenizer):
     config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
-    task = Echo(name="echo", title="echo", metric="answers", seed=0, length=200)
-    assert evaluate(BloomForCausalLM(config), tokenizer, task) == {"answers": 2}
-
-
-class Echo(Task):
-    """Asks prompts of a given length and scores by the number of answers."""
-
-    length: int
-    longest: int = 4
-
-    def pairs_to_train(self):
-        return []
-
-    def questions(self):
-        return [("q" * self.length, "a"), ("short", "b")]
-
-    def longest_answer(self, tokenizer):
-        return self.longest
-
-    def score(self, answers):
-        return {"answers": float(len(answers))}
+    assert evaluate(BloomForCausalLM(config), tokenizer, [echo(200)]).metrics == {"answers": 100}
 
 
 @pytest.mark.parametrize(("length", "cut"), [(60, 0), (61, 1), (200, 1)])
 def test_a_prompt_beyond_the_positions_is_cut_and_counted(model, tokenizer, length, cut):
-    task = Echo(name="echo", title="echo", metric="answers", seed=0, length=length)
-    metrics = evaluate(model, tokenizer, task)
-    assert metrics["answers"] == 2 and metrics.get("cut_prompts", 0) == cut
+    metrics = evaluate(model, tokenizer, [echo(length)]).metrics
+    assert metrics["answers"] == 100 and metrics.get("cut_prompts", 0) == cut
 
 
 def test_answers_that_leave_no_room_for_a_prompt_are_refused(model, tokenizer):
-    task = Echo(name="echo", title="echo", metric="answers", seed=0, length=3, longest=64)
     with pytest.raises(UserError, match=r"answers of 64 tokens.*64 positions.*task.max_new_tokens=16"):
-        evaluate(model, tokenizer, task)
+        refuse_no_room(model, tokenizer, [echo(3, longest=64)])
+
+
+def test_every_sample_is_kept_with_its_share_and_the_standard_error_is_that_of_the_shares(model, tokenizer):
+    pairs = [("one:", "x"), ("a longer prompt:", "yy"), ("seven", "zzzz")]
+    points = {"x": 1, "yy": 1, "zzzz": 1}
+    questions = Questions("q", pairs, lambda answer, gold: {"m": (points[gold], len(gold))}, lambda tokenizer: 4)
+    scores = evaluate(model, tokenizer, [questions])
+    assert scores.metrics == {"m": pytest.approx(100 * 3 / 7)} and scores.counts == {"m": 3}
+    assert scores.stderr["m"] == pytest.approx(100 * stats.sem([1, 1 / 2, 1 / 4]))
+    assert [(row["prompt"], row["gold"], row["m"]) for row in scores.samples] == [
+        ("one:", "x", 1),
+        ("a longer prompt:", "yy", 1 / 2),
+        ("seven", "zzzz", 1 / 4),
+    ]
+    expected = [answer(model, tokenizer, [prompt_tokens(tokenizer, prompt)], 4)[0] for prompt, _ in pairs]
+    assert [row["answer"] for row in scores.samples] == expected

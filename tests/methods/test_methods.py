@@ -313,11 +313,12 @@ def test_prefix_tuning_refuses_gradient_checkpointing_with_what_to_do():
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_virtual_tokens_take_positions(method):
     run = spec(f"method={method}", "r=4")
-    tokenizer, task = load_tokenizer(run), build_task(run)
-    plain = prompt_room(made("method=fft"), tokenizer, task)
-    assert prompt_room(made(f"method={method}", "r=4"), tokenizer, task) == plain - 4
+    [questions] = build_task(run).benchmarks(run.eval)
+    longest = questions.longest(load_tokenizer(run))
+    plain = prompt_room(made("method=fft"), questions, longest)
+    assert prompt_room(made(f"method={method}", "r=4"), questions, longest) == plain - 4
     with pytest.raises(UserError, match=r"1000 virtual tokens.*1024 positions.*r=\d+"):
-        prompt_room(made(f"method={method}", "r=1000"), tokenizer, task)
+        prompt_room(made(f"method={method}", "r=1000"), questions, longest)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from transformers import set_seed
 
 from mora_repro import distributed
+from mora_repro.data.preparation import prepare
 from mora_repro.data.task import build_task
 from mora_repro.methods import apply_method, load_base, load_tokenizer
 from mora_repro.spec import RunSpec, compose_config
@@ -107,7 +108,7 @@ def main() -> None:
     work = Path(out).parent / "work"
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(spec)
-    data = build_task(spec).training_set(tokenizer, spec.training.max_length)
+    data = prepare(spec, build_task(spec), tokenizer)
     initial = Path(out).parent / "initial"
     if distributed.is_main():
         set_seed(0)
@@ -125,7 +126,7 @@ def main() -> None:
         1,
         model=model,
         args=arguments,
-        train_dataset=data.examples,
+        train_dataset=data,
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[merging],
     )

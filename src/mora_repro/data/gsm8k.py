@@ -19,14 +19,17 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 
 from pydantic import PositiveInt, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..spec.run_spec import Eval
+from .benchmarks import Questions
 from .files import read_folder, read_hub
-from .task import Task
+from .task import Sample, Task, pair
 
 NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Max", "Eva", "Sam", "Lea", "Jon"]
 THINGS = ["figs", "pens", "eggs", "cups", "keys", "hats", "nuts", "cards", "shells", "stamps"]
@@ -71,13 +74,19 @@ class Gsm8k(Task):
     def _from_files(self) -> bool:
         return self.data not in ("generated", "hub")
 
-    def pairs_to_train(self) -> list[tuple[str, str]]:
-        return [(self.prompt.replace("{question}", question), answer) for question, answer in self._rows("train")]
+    def samples(self) -> Iterable[Sample]:
+        return (pair(self.asking(question), answer) for question, answer in self.rows("train"))
 
-    def questions(self) -> list[tuple[str, str]]:
-        return [(self.prompt.replace("{question}", question), answer) for question, answer in self._rows("test")]
+    def benchmarks(self, settings: Eval) -> Sequence[Questions]:
+        asked = [(self.asking(question), answer) for question, answer in self.rows("test")]
+        return [Questions("gsm8k", asked, score, lambda tokenizer: self._longest_answer(tokenizer, asked))]
 
-    def _rows(self, split: str) -> list[tuple[str, str]]:
+    def asking(self, question: str) -> str:
+        """The prompt that asks a question."""
+        return self.prompt.replace("{question}", question)
+
+    def rows(self, split: str) -> list[tuple[str, str]]:
+        """(question, answer) of "train" or "test"."""
         limit = self.train_limit if split == "train" else self.test_limit
         if self.data == "generated":
             # The test comes first, so that the training problems can leave its questions out.
@@ -101,17 +110,17 @@ class Gsm8k(Task):
             f"(None: no limit); all of them: task.train_limit=null task.test_limit=null"
         ]
 
-    def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
+    def _longest_answer(self, tokenizer: PreTrainedTokenizerBase, asked: list[tuple[str, str]]) -> int:
         if not self._from_files:
             return self.max_new_tokens
-        lengths = sorted(len(tokenizer(gold, add_special_tokens=False).input_ids) + 1 for _, gold in self.asked)
+        lengths = sorted(len(tokenizer(gold, add_special_tokens=False).input_ids) + 1 for _, gold in asked)
         return max(self.max_new_tokens, lengths[9 * (len(lengths) - 1) // 10])
 
-    def score(self, answers: list[str]) -> dict[str, float]:
-        """exact_match: answers whose final number is the gold one, in per cent."""
-        golds = [final_number(gold) for _, gold in self.asked]
-        right = sum(gold is not None and final_number(a) == gold for a, gold in zip(answers, golds, strict=True))
-        return {"exact_match": 100 * right / len(golds)}
+
+def score(answer: str, gold: str) -> dict[str, tuple[float, float]]:
+    """exact_match: the answer's final number is the gold one."""
+    number = final_number(gold)
+    return {"exact_match": (number is not None and final_number(answer) == number, 1)}
 
 
 def final_number(text: str) -> Decimal | None:

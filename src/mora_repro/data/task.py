@@ -1,12 +1,11 @@
-"""What every task offers to training and evaluation."""
+"""What every task offers: samples to train on, and benchmarks that measure the trained model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import ClassVar
 
 import hydra.utils
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
@@ -14,39 +13,40 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..spec import RunSpec
+from ..spec.run_spec import Eval
+from .benchmarks import Benchmark
 
 IGNORED = -100  # the label of a token that the loss leaves out
 
 
 @dataclass(frozen=True)
-class Example:
-    """One training sample: token ids, and labels of the same length (IGNORED where not trained)."""
+class Segment:
+    """A piece of a sample's text. The loss is on it where it is `trained`; `ends`: the end token follows it."""
 
-    input_ids: list[int]
-    labels: list[int]
+    text: str
+    trained: bool
+    ends: bool = False
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """`truncated` samples were cut at the maximal length; `dropped` ones had nothing left to train."""
+Sample = tuple[Segment, ...]
 
-    examples: list[Example]
-    truncated: int = 0
-    dropped: int = 0
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(example.input_ids) for example in self.examples)
+def pair(prompt: str, answer: str) -> Sample:
+    """A prompt and its answer; the loss is on the answer and the end token."""
+    return Segment(prompt, trained=False), Segment(answer, trained=True, ends=True)
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (first 16 digits) of all token ids and labels."""
-        rows = [[example.input_ids, example.labels] for example in self.examples]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+def document(text: str) -> Sample:
+    """A text whose every token is trained, the end token too."""
+    return (Segment(text, trained=True, ends=True),)
 
 
 class Task(BaseModel):
-    """A task; its fields are the keys of conf/task/<name>.yaml. `metric` is the score that decides."""
+    """A task; its fields are the keys of conf/task/<name>.yaml. `metric` is the score that decides.
+
+    A `packed` task's samples are documents, put one after the other into blocks of the maximal length; else each
+    sample is padded. `mean_of` are the metrics whose mean is a metric `mean`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,53 +55,26 @@ class Task(BaseModel):
     metric: str
     seed: NonNegativeInt
 
-    @abstractmethod
-    def pairs_to_train(self) -> list[tuple[str, str]]:
-        """(prompt, answer) texts; the loss is on the answer and the end token."""
+    packed: ClassVar[bool] = False
+    mean_of: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def questions(self) -> list[tuple[str, str]]:
-        """(prompt, gold answer) texts that the trained model is asked."""
-
-    @cached_property
-    def asked(self) -> list[tuple[str, str]]:
-        """The questions, drawn or read once."""
-        return self.questions()
+    def samples(self) -> Iterable[Sample]:
+        """The training samples, in an order that the task's fields decide; read or made as they are asked for."""
 
     @abstractmethod
-    def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """How many tokens an answer may take."""
+    def benchmarks(self, settings: Eval) -> Sequence[Benchmark]:
+        """What the trained model is measured by. Raises UserError where a benchmark's data are not there."""
+
+    def vocabulary(self) -> Iterable[str]:
+        """Texts of the task's world, whatever its seed, from which `model.tokenizer=task` learns its tokens."""
+        raise UserError(
+            f"task={self.name} has no text for a tokenizer to learn from. One token per byte: model.tokenizer=bytes"
+        )
 
     def notices(self) -> list[str]:
         """What the user should know of a valid task before it is run."""
         return []
-
-    @abstractmethod
-    def score(self, answers: list[str]) -> dict[str, float]:
-        """Metrics in per cent, from the generated answers in the order of `questions`."""
-
-    def training_set(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TrainingSet:
-        """Tokenise the pairs: start token, prompt, answer, end token, cut at `max_length` tokens.
-
-        Raises UserError where no sample is left.
-        """
-        examples, truncated, dropped = [], 0, 0
-        for prompt, answer in self.pairs_to_train():
-            prompt_ids = prompt_tokens(tokenizer, prompt)
-            answer_ids = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-            input_ids = (prompt_ids + answer_ids)[:max_length]
-            labels = ([IGNORED] * len(prompt_ids) + answer_ids)[:max_length]
-            truncated += len(prompt_ids) + len(answer_ids) > max_length
-            if all(label == IGNORED for label in labels):
-                dropped += 1
-                continue
-            examples.append(Example(input_ids, labels))
-        if not examples:
-            raise UserError(
-                f"task={self.name}: no training sample has an answer within training.max_length={max_length} "
-                f"tokens; raise it: training.max_length={4 * max_length}"
-            )
-        return TrainingSet(examples, truncated, dropped)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections.abc import Iterable, Sequence
 
 from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
-from .task import Task
+from ..spec.run_spec import Eval
+from .benchmarks import Questions
+from .task import Sample, Task, pair
 
 QUESTIONS_WHEN_COPYING = 64
 
@@ -29,11 +32,15 @@ class Uuid(Task):
     pairs: PositiveInt
     copy_key: bool
 
+    def samples(self) -> Iterable[Sample]:
+        return (pair(key, value) for key, value in self.pairs_to_train())
+
     def pairs_to_train(self) -> list[tuple[str, str]]:
         return self._draw("train", self.pairs)
 
-    def questions(self) -> list[tuple[str, str]]:
-        return self._draw("test", QUESTIONS_WHEN_COPYING) if self.copy_key else self.pairs_to_train()
+    def benchmarks(self, settings: Eval) -> Sequence[Questions]:
+        asked = self._draw("test", QUESTIONS_WHEN_COPYING) if self.copy_key else self.pairs_to_train()
+        return [Questions(self.name, asked, score, lambda tokenizer: _longest(tokenizer, asked))]
 
     def _draw(self, split: str, count: int) -> list[tuple[str, str]]:
         digits = random.Random(f"{split} {self.seed}")
@@ -43,15 +50,15 @@ class Uuid(Task):
             pairs.append((f"{key}:", key if self.copy_key else value))
         return pairs
 
-    def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        return max(len(tokenizer(value, add_special_tokens=False).input_ids) for _, value in self.asked) + 1
 
-    def score(self, answers: list[str]) -> dict[str, float]:
-        """char_accuracy: right characters at their place; exact: whole values (both in per cent)."""
-        golds = [gold for _, gold in self.asked]
-        right = sum(a == g for answer, gold in zip(answers, golds, strict=True) for a, g in zip(answer, gold))
-        exact = sum(answer == gold for answer, gold in zip(answers, golds, strict=True))
-        return {
-            "char_accuracy": 100 * right / sum(len(gold) for gold in golds),
-            "exact": 100 * exact / len(golds),
-        }
+def _longest(tokenizer: PreTrainedTokenizerBase, asked: list[tuple[str, str]]) -> int:
+    """The tokens of the longest value, with the end token."""
+    return max(len(tokenizer(value, add_special_tokens=False).input_ids) for _, value in asked) + 1
+
+
+def score(answer: str, value: str) -> dict[str, tuple[float, float]]:
+    """char_accuracy: right characters at their place; exact: whole values."""
+    return {
+        "char_accuracy": (sum(a == v for a, v in zip(answer, value)), len(value)),
+        "exact": (answer == value, 1),
+    }

@@ -1,5 +1,7 @@
-"""What a trained model is worth: greedy answers to a task's questions, scored by the task."""
+"""Measuring a model: questions answered by generation, lm-eval in process, perplexity."""
 
-from .generation import answer, evaluate, prompt_room
+from .generation import answer, ask, prompt_room
+from .measure import evaluate, refuse_no_room
+from .scores import ENOUGH
 
-__all__ = ["answer", "evaluate", "prompt_room"]
+__all__ = ["ENOUGH", "answer", "ask", "evaluate", "prompt_room", "refuse_no_room"]

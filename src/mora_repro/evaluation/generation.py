@@ -8,26 +8,27 @@ import torch
 from peft import PeftModel, PromptLearningConfig
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.task import Task, prompt_tokens
+from ..data.benchmarks import Questions, Scores
+from ..data.task import prompt_tokens
 from ..distributed import gather, rank, size
 from ..errors import UserError
+from .scores import of_points
 
 BATCH = 64
 
 
-def prompt_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> int | None:
-    """How many tokens a prompt may have beside the longest answer and the method's virtual tokens.
+def prompt_room(model: PreTrainedModel, questions: Questions, longest: int) -> int | None:
+    """How many tokens a prompt may have beside an answer of `longest` tokens and the method's virtual tokens.
 
     None for a model without a limit. Raises UserError where there is no room.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return None
-    longest = task.longest_answer(tokenizer)
     virtual = sum(config.num_virtual_tokens for config in _prompts(model))
     if longest >= positions:
         raise UserError(
-            f"task={task.name} allows answers of {longest} tokens, and the model has {positions} positions for prompt "
+            f"{questions.name} allows answers of {longest} tokens, and the model has {positions} positions for prompt "
             f"and answer together. Allow shorter ones: task.max_new_tokens={positions // 4}"
         )
     if virtual + longest >= positions:
@@ -45,21 +46,29 @@ def _prompts(model: PreTrainedModel) -> list[PromptLearningConfig]:
     return [config for config in model.peft_config.values() if isinstance(config, PromptLearningConfig)]
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
-    """Ask all the task's questions; its metrics (per cent), and `cut_prompts` where any had to be cut.
+def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Questions) -> Scores:
+    """Ask all questions; `cut_prompts` is among the metrics where any had to be cut.
 
-    Of several processes each asks its part, and all have the metrics of the whole.
+    Of several processes each asks its part, and all have the scores of the whole.
     """
-    prompts = [prompt_tokens(tokenizer, prompt) for prompt, _ in task.asked]
-    room = prompt_room(model, tokenizer, task) or max(map(len, prompts))
+    prompts = [prompt_tokens(tokenizer, prompt) for prompt, _ in questions.pairs]
+    longest = questions.longest(tokenizer)
+    room = prompt_room(model, questions, longest) or max(map(len, prompts))
     cut = sum(len(prompt) > room for prompt in prompts)
     prompts = [prompt[-room:] for prompt in prompts]
     share = math.ceil(len(prompts) / size())
     # The same number for each, since under ZeRO 3 all take part in every forward pass: the last ask some twice.
     mine = [prompts[index % len(prompts)] for index in range(rank() * share, (rank() + 1) * share)]
-    parts = gather(answer(model, tokenizer, mine, task.longest_answer(tokenizer)))
+    parts = gather(answer(model, tokenizer, mine, longest))
     answers = [text for part in parts for text in part][: len(prompts)]
-    return {**task.score(answers), **({"cut_prompts": float(cut)} if cut else {})}
+    points = [questions.score(text, gold) for text, (_, gold) in zip(answers, questions.pairs, strict=True)]
+    scores = of_points(points)
+    if cut:
+        scores.metrics["cut_prompts"] = float(cut)
+    for text, (prompt, gold), got in zip(answers, questions.pairs, points, strict=True):
+        row = {"benchmark": questions.name, "prompt": prompt, "gold": gold, "answer": text}
+        scores.samples.append(row | {name: points / of for name, (points, of) in got.items()})
+    return scores
 
 
 @torch.no_grad()

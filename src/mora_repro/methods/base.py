@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,20 +22,27 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
+from ..data.task import build_task
 from ..errors import UserError
 from ..spec import RunSpec
 
+VOCABULARY = 1024  # tokens of `model.tokenizer=task`
+
 
 def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; `bytes` is one token per byte (ByT5's vocabulary without its extra ids).
+    """The model's tokenizer; `bytes` is one token per byte (ByT5's vocabulary without its extra ids), `task` learns its
+    tokens from the task's world.
 
     Raises UserError where it can't be found.
     """
     source = spec.model.tokenizer or spec.model.pretrained
     if source == "bytes":
         return ByT5Tokenizer(extra_ids=0)
+    if source == "task":
+        return byte_pairs(build_task(spec).vocabulary(), VOCABULARY)
     assert source is not None  # a model without `pretrained` names its tokenizer (conf/model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_which(spec))
@@ -39,6 +52,18 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
         # Padded positions carry no label and no attention, so that any token serves.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def byte_pairs(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of byte pairs (any text can be written in it) that learned its at most `size` tokens from texts."""
+    learner = Tokenizer(BPE())
+    learner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    learner.decoder = ByteLevelDecoder()
+    special = ["<pad>", "</s>"]
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=learner, pad_token="<pad>", eos_token="</s>")
 
 
 def computes_in_bf16(spec: RunSpec) -> bool:

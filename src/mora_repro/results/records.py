@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -64,8 +66,12 @@ class Curve(Part):
 
 
 class Evaluation(Part):
+    """Metrics at a step, with standard errors and numbers of samples; the first records have neither."""
+
     step: int
     metrics: dict[str, MetricValue]
+    stderr: dict[str, float] = {}
+    counts: dict[str, int] = {}
 
 
 class Cost(Part):
@@ -180,6 +186,13 @@ class Store:
     def save(self, record: Record) -> Path:
         path = self.record_path(record.id)
         write_atomically(path, record.model_dump_json(indent=1) + "\n")
+        return path
+
+    def save_samples(self, run_id: str, samples: list[dict[str, Any]]) -> Path:
+        """Write what the last evaluation asked and got, a line per sample, beside the record."""
+        path = self.record_path(run_id).with_suffix(".samples.jsonl.gz")
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_atomically(path, gzip.compress(lines.encode(), mtime=0))  # the same bytes again
         return path
 
     def load(self, run_id: str) -> Record | None:

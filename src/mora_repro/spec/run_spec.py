@@ -19,6 +19,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -28,6 +29,10 @@ from .secrets import refuse_secrets
 
 # Keys of a configuration that do not change what a run computes; Options has them.
 OUTSIDE_IDENTITY = ("out", "rerun", "logger", "trainer.keep_checkpoints")
+
+# Keys of tasks that came after records were made, with the value that changes nothing: a task's keys are its own
+# module's, so that their defaults are not known here.
+LATER_TASK_KEYS: dict[str, Any] = {}
 
 Grouping = Literal["strided", "blocked"]  # as mora.operators.Grouping, whose import takes seconds
 
@@ -159,6 +164,20 @@ class Trainer(Strict):
         return self
 
 
+class Eval(Strict):
+    """How it is measured. `data` has local files or folders by benchmark, in place of those of the hub; `split` is what
+    is asked: the test set, or the validation set, by which rates are chosen; `limit` bounds the samples of each."""
+
+    split: Literal["test", "validation"] = "test"
+    limit: PositiveInt | None = None
+    data: dict[str, str] = {}
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _leave_out_what_is_not_given(cls, data: dict[str, str | None]) -> dict[str, str]:
+        return {name: path for name, path in data.items() if path is not None}
+
+
 class RunSpec(Strict):
     """One run. Made by `from_config`; on the same machine, two runs with the same `id` give the same numbers."""
 
@@ -171,7 +190,8 @@ class RunSpec(Strict):
     seed: NonNegativeInt
     training: Training
     trainer: Trainer = Trainer()
-    content: dict[str, str] = {}  # sha256 of local folders that the run reads, by key
+    eval: Eval = Eval()
+    content: dict[str, str] = {}  # sha256 of local files and folders that the run reads, by key
 
     @classmethod
     def from_config(cls, config: DictConfig) -> RunSpec:
@@ -233,6 +253,9 @@ class RunSpec(Strict):
         for part in (values["method"], values["model"], values["task"]):
             for words in ("title", "source", "cannot"):
                 part.pop(words, None)
+        for key, default in LATER_TASK_KEYS.items():
+            if values["task"].get(key, default) == default:
+                values["task"].pop(key, None)
         values["model"].setdefault("base_id", None)  # older than this rule
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
@@ -272,18 +295,20 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _contents(values: dict[str, Any]) -> dict[str, str]:
-    """sha256 of the local folders that a configuration names, so that another content is another run."""
+    """sha256 of the local files and folders that a configuration names, so that another content is another run."""
     named = {"task.data": values["task"].get("data")}
     named |= {f"model.{key}": values["model"].get(key) for key in ("pretrained", "tokenizer")}
-    return {key: _folder_sha256(Path(path)) for key, path in named.items() if path and Path(path).is_dir()}
+    named |= {f"eval.data.{name}": path for name, path in values["eval"]["data"].items()}
+    return {key: _sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
 
 
 @cache
-def _folder_sha256(folder: Path) -> str:
-    """Of the names and contents of a folder's files."""
+def _sha256(source: Path) -> str:
+    """Of a file's content, or of the names and contents of a folder's files."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0".encode())
+    for path in sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]:
+        if source.is_dir():
+            digest.update(f"{path.relative_to(source)}\0".encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

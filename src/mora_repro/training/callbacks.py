@@ -116,7 +116,11 @@ class ProgressLine(TrainerCallback):
         logs = kwargs["logs"]
         scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         if scores:
-            metric = "  ".join(f"{name} {value:.1f}" for name, value in scores.items())
+            errors = {name: logs.get(f"stderr_{name}") for name in scores}
+            metric = "  ".join(
+                f"{name} {value:.1f}" + (f" ± {errors[name]:.1f}" if errors[name] is not None else "")
+                for name, value in scores.items()
+            )
             self._print(f"step {state.global_step}/{state.max_steps}  {metric}")
         if "loss" not in logs:
             return

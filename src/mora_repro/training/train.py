@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from .. import distributed
-from ..data.task import IGNORED, Example
+from ..data.benchmarks import Scores
+from ..data.preparation import Example, TrainingSet
+from ..data.task import IGNORED
 from ..errors import Diverged, UserError
 from ..methods import changes_base, computes_in_bf16
 from ..methods.adalora import AllocateRank, allocator_state, load_allocator_state
@@ -38,12 +40,14 @@ from .sharded import load_into, state_of_main
 @dataclass(frozen=True)
 class Outcome:
     """What a training gave. `log` is the Trainer's history, whole also after a resume; `seconds` and
-    `tokens` (of all processes) are those since this start, evaluations not counted."""
+    `tokens` (of all processes) are those since this start, evaluations not counted; `samples` are the last
+    evaluation's."""
 
     finished: bool
     log: list[dict[str, Any]]
     seconds: float
     tokens: int
+    samples: list[dict[str, Any]]
 
 
 def batch_shape(recipe: Training, processes: int) -> tuple[int, int]:
@@ -125,8 +129,8 @@ def train(
     arguments: TrainingArguments,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    evaluate: Callable[[], dict[str, float]],
+    examples: TrainingSet,
+    evaluate: Callable[[], Scores],
     work: Path,
 ) -> Outcome:
     """Train `model` in place and save it to `work/model` when finished.
@@ -147,7 +151,7 @@ def train(
         options.keep_checkpoints,
         model=model,
         args=arguments,
-        train_dataset=examples,  # a list is a map-style dataset
+        train_dataset=examples,  # map-style
         data_collator=Collator(tokenizer.pad_token_id),
         callbacks=[
             EvaluateAt(spec.training.evaluate_at),
@@ -176,11 +180,13 @@ def train(
     finished = trainer.state.global_step >= trainer.state.max_steps
     if finished:
         save_trained(model, tokenizer, work / "model", as_a_whole_model=spec.method.peft is None or changed)
-    return Outcome(finished, trainer.state.log_history, seconds, sum(distributed.gather(int(trainer.tokens_seen))))
+    tokens = sum(distributed.gather(int(trainer.tokens_seen)))
+    return Outcome(finished, trainer.state.log_history, seconds, tokens, trainer.samples)
 
 
 class TaskTrainer(Trainer):
-    """Trainer whose evaluation is the task's own, logged under `eval_`, and whose checkpoints are whole or not there.
+    """Trainer whose evaluation is the task's own, logged as `eval_`, `stderr_` and `count_`, and whose checkpoints are
+    whole or not there.
 
     A checkpoint also holds what transformers' does not: the base after merges, and the loss since the last log, so that
     the log of a resumed run is that of one that never stopped.
@@ -189,7 +195,7 @@ class TaskTrainer(Trainer):
     def __init__(
         self,
         spec: RunSpec,
-        evaluate_task: Callable[[], dict[str, float]],
+        evaluate_task: Callable[[], Scores],
         merging: Merging | None,
         checkpoint: Path | None,
         keep_checkpoints: int,
@@ -201,6 +207,7 @@ class TaskTrainer(Trainer):
         self.checkpoint, self.keep_checkpoints = checkpoint, keep_checkpoints
         self.allocates = isinstance(getattr(self.network, "base_model", None), AdaLoraModel)
         self.evaluation_seconds = 0.0
+        self.samples: list[dict[str, Any]] = []  # of the last evaluation
         self.tokens_seen: int | torch.Tensor = 0
 
     @property
@@ -231,9 +238,12 @@ class TaskTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         start = time.monotonic()
-        metrics = {f"eval_{name}": value for name, value in self.evaluate_task().items()}
+        scores = self.evaluate_task()
         self.evaluation_seconds += time.monotonic() - start
-        self.log(metrics)
+        self.samples = scores.samples
+        metrics = {f"eval_{name}": value for name, value in scores.metrics.items()}
+        errors = {f"stderr_{name}": value for name, value in scores.stderr.items()}
+        self.log(metrics | errors | {f"count_{name}": value for name, value in scores.counts.items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
