@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from .data.preparation import prepare
 from .data.task import build_task
+from .disk import write_atomically
 from .distributed import (
     barrier,
     from_main,
@@ -39,7 +40,7 @@ from .methods import (
     precision,
 )
 from .results.environment import describe_environment, peak_memory_mb
-from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store, write_atomically
+from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store
 from .spec import INTERRUPTED, RunSpec
 from .spec.options import Options, RunFile
 from .training import (

@@ -11,10 +11,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from .disk import write_atomically
 from .distributed import VARIABLES, first_to_fail, join, leave, rank, say, size, started_by_a_launcher
 from .errors import UserError
 from .machine import refuse_this_machine
-from .results.records import Store, write_atomically
+from .results.records import Store
 from .run import run, shown
 from .spec import INTERRUPTED, RunSpec
 from .spec.options import Options, RunFile

@@ -9,7 +9,6 @@ import pytest
 from tiny import ROOT, TINY
 from transformers import ByT5Tokenizer
 
-from mora_repro.data.files import read_hub
 from mora_repro.data.gsm8k import CHANGE, LARGEST, Gsm8k, final_number, generate, score
 from mora_repro.data.task import build_task, pair
 from mora_repro.errors import UserError
@@ -110,27 +109,12 @@ def test_a_users_files_are_read_as_jsonl_or_parquet(tmp_path):
     assert len(list(task(f"task.data={tmp_path}", "task.train_limit=1").samples())) == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"question": "a", "answer": ', r"train.jsonl, line 2 is no JSON .*One object per line"),
-        ('["a", "b"]', r"train.jsonl, line 2 should be a JSON object"),
-        ('{"question": "a", "reply": "b"}', r"train.jsonl, line 2 has no 'answer'; it has 'question', 'reply'"),
-        ('{"question": "a", "answer": 3}', r"train.jsonl, line 2: 'answer' should be text, and is 3"),
-    ],
-)
-def test_a_malformed_line_is_named_with_what_was_expected(tmp_path, line, said):
-    write(tmp_path, "train", [ROW])
-    with (tmp_path / "train.jsonl").open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(UserError, match=said):
-        task(f"task.data={tmp_path}").samples()
-
-
-def test_a_file_of_another_encoding_is_refused(tmp_path):
-    (tmp_path / "train.jsonl").write_bytes('{"question": "Café?", "answer": "3"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"train.jsonl can't be read as UTF-8"):
-        task(f"task.data={tmp_path}").samples()
+def test_other_names_of_columns_and_rows_to_skip_are_said_by_the_task(tmp_path):
+    write(tmp_path, "train", [{"query": "How many?", "response": "3"}, {}])
+    named = [f"task.data={tmp_path}", "task.columns={question: query, answer: response}"]
+    assert list(task(*named, "task.on_bad_row=skip").samples()) == [pair("How many?\n", "3"), ()]
+    with pytest.raises(UserError, match=r"train.jsonl, line 2 has no 'query'"):
+        list(task(*named).samples())
 
 
 @pytest.mark.parametrize(
@@ -160,20 +144,6 @@ def test_limits_on_a_users_files_are_said(tmp_path):
     assert task().notices() == []
 
 
-def test_missing_empty_and_broken_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere is no folder.*task.data=generated"):
-        task(f"task.data={tmp_path / 'nowhere'}").samples()
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match=r"has no train.jsonl or train.parquet; it holds notes.txt"):
-        task(f"task.data={tmp_path}").samples()
-    (tmp_path / "train.jsonl").touch()
-    with pytest.raises(UserError, match=r"train.jsonl has no rows; 'question', 'answer' are expected"):
-        task(f"task.data={tmp_path}").samples()
-    (tmp_path / "test.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=r"test.parquet is no parquet file"):
-        asked(f"task.data={tmp_path}")
-
-
 def test_a_run_on_a_malformed_file_ends_with_one_error(command, tmp_path):
     write(tmp_path, "train", [ROW])
     (tmp_path / "test.jsonl").write_text("{}\n")
@@ -182,11 +152,6 @@ def test_a_run_on_a_malformed_file_ends_with_one_error(command, tmp_path):
     done = command(*arguments, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "test.jsonl, line 1 has no 'question'" in done.stderr
-
-
-def test_the_hub_out_of_reach_says_how_to_get_the_data_beforehand():
-    with pytest.raises(UserError, match=r"meta-math/MetaMathQA can't be had.*cache.*task.data=<folder>"):
-        read_hub("meta-math/MetaMathQA", None, "train", ["query"], None)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K files are not beside this checkout")

@@ -21,14 +21,15 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Literal
 
-from pydantic import PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..spec.run_spec import Eval
 from .benchmarks import Questions
-from .files import read_folder, read_hub
+from .files import Corpus, Split
 from .task import Sample, Task, pair
 
 NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Max", "Eva", "Sam", "Lea", "Jon"]
@@ -41,15 +42,17 @@ _MARK = re.compile(r"####|answer is:?", re.IGNORECASE)
 
 
 class Gsm8k(Task):
-    """`data` is generated, hub or a folder; the limits are numbers of problems (None: all there are).
+    """`data` is generated, hub, a folder or a file; the limits are numbers of problems (None: all there are).
 
-    `steps` bounds the steps of a generated problem, and `prompt` holds `{question}`. `hub` names, for train and
-    test, the data set (path, name) and its columns for question and answer. An answer may take `max_new_tokens`,
-    and in a user's files more, where nine of ten gold answers need more.
+    `steps` bounds the steps of a generated problem, and `prompt` holds `{question}`. `hub`, `columns` and `on_bad_row`
+    are those of a Corpus. An answer may take `max_new_tokens`, and in a user's files more, where nine of ten gold
+    answers need more.
     """
 
     data: str
     hub: dict[str, dict[str, str | None]]
+    columns: dict[str, str] = Field(default={})
+    on_bad_row: Literal["stop", "skip"] = "stop"
     steps: tuple[PositiveInt, PositiveInt]
     prompt: str
     train_limit: PositiveInt | None
@@ -75,18 +78,18 @@ class Gsm8k(Task):
         return self.data not in ("generated", "hub")
 
     def samples(self) -> Iterable[Sample]:
-        return (pair(self.asking(question), answer) for question, answer in self.rows("train"))
+        return (pair(self.asking(row[0]), row[1]) if row else () for row in self.rows("train"))
 
     def benchmarks(self, settings: Eval) -> Sequence[Questions]:
-        asked = [(self.asking(question), answer) for question, answer in self.rows("test")]
+        asked = [(self.asking(row[0]), row[1]) for row in self.rows("test") if row]
         return [Questions("gsm8k", asked, score, lambda tokenizer: self._longest_answer(tokenizer, asked))]
 
     def asking(self, question: str) -> str:
         """The prompt that asks a question."""
         return self.prompt.replace("{question}", question)
 
-    def rows(self, split: str) -> list[tuple[str, str]]:
-        """(question, answer) of "train" or "test"."""
+    def rows(self, split: Split) -> Iterable[tuple[str, str] | None]:
+        """(question, answer) of "train" or "test"; None for a row that is skipped."""
         limit = self.train_limit if split == "train" else self.test_limit
         if self.data == "generated":
             # The test comes first, so that the training problems can leave its questions out.
@@ -94,13 +97,9 @@ class Gsm8k(Task):
             if split == "test":
                 return test
             return generate(self.seed, "train", limit or 4000, self.steps, {question for question, _ in test})
-        if self.data == "hub":
-            source = self.hub[split]
-            path, question, answer = str(source["path"]), str(source["question"]), str(source["answer"])
-            rows = read_hub(path, source.get("name"), split, [question, answer], limit)
-            return [(row[question], row[answer]) for row in rows]
-        rows = read_folder(self.data, split, ["question", "answer"], limit)
-        return [(row["question"], row["answer"]) for row in rows]
+        corpus = Corpus(self.data, self.hub, self.columns, self.on_bad_row)
+        rows = corpus.rows(split, {"question": str, "answer": str}, limit)
+        return ((row["question"], row["answer"]) if row else None for row in rows)
 
     def notices(self) -> list[str]:
         if not self._from_files or not (self.train_limit or self.test_limit):

@@ -18,8 +18,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..disk import write_atomically
 from ..results.aggregate import CellResult, collect
-from ..results.records import Record, write_atomically
+from ..results.records import Record
 from ..spec import RunSpec
 from ..spec.table import load_table
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 from rich.console import Console
 
+from ..disk import write_atomically
 from ..errors import UserError
 from ..results.aggregate import collect
-from ..results.records import Record, Store, write_atomically
+from ..results.records import Record, Store
 from ..spec.compose import options
 from ..spec.table import load_table
 from . import figures, table2

@@ -6,7 +6,6 @@ import errno
 import gzip
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..disk import write_atomically
 from ..errors import UserError
 from ..spec import RunSpec
 
@@ -100,22 +100,6 @@ class Record(Part):
     evaluations: list[Evaluation] = []
     metrics: dict[str, MetricValue] = {}
     cost: Cost | None = None
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside `path` and rename, so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _lies_below(path: str | bytes, folder: Path) -> bool:

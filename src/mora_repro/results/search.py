@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..disk import write_atomically
 from ..spec import RunSpec
 from ..spec.compose import find_row
 from ..spec.table import Cell
-from .records import Store, write_atomically
+from .records import Store
 
 
 def tries(cell: Cell) -> list[list[str]]:

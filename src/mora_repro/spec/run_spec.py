@@ -32,7 +32,10 @@ OUTSIDE_IDENTITY = ("out", "rerun", "logger", "trainer.keep_checkpoints")
 
 # Keys of tasks that came after records were made, with the value that changes nothing: a task's keys are its own
 # module's, so that their defaults are not known here.
-LATER_TASK_KEYS: dict[str, Any] = {}
+LATER_TASK_KEYS: dict[str, Any] = {
+    "columns": {"question": "question", "answer": "answer"},  # of gsm8k
+    "on_bad_row": "stop",
+}
 
 Grouping = Literal["strided", "blocked"]  # as mora.operators.Grouping, whose import takes seconds
 
