@@ -54,7 +54,7 @@ def test_a_run_gives_a_whole_record_and_the_same_numbers_again(command, tmp_path
 def test_a_finished_run_says_so_and_stops_and_rerun_runs_it_again(command, tmp_path):
     arguments = ("train.py", "method=mora", *TINY, f"out={tmp_path}")
     command(*arguments)
-    [path] = (tmp_path / "runs").iterdir()
+    [path] = (tmp_path / "runs").glob("*.json")
     before = path.stat().st_mtime_ns
     again = command(*arguments)
     assert "this run finished on" in again.stderr and str(path) in again.stderr and "rerun=true" in again.stderr
