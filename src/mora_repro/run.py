@@ -119,7 +119,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         task = build_task(spec)
         tokenizer = load_tokenizer(spec)
         benchmarks = task.benchmarks(spec.eval)  # an error of their files comes before all work
-        data = prepare(spec, task, tokenizer)
+        data = prepare(spec, task, tokenizer, store.out)
         for notice in task.notices():
             say(notice)
         base_weights = None
@@ -128,8 +128,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
                 return record.model_copy(update={"status": "interrupted"})
             base_weights = store.work(spec.base_spec().id) / "model"
         say(f"{spec.id}\n{task.title}: {len(data)} samples, {data.tokens} tokens; working folder: {work}")
-        if data.truncated or data.dropped:
-            say(f"{data.truncated} samples cut at {spec.training.max_length} tokens, {data.dropped} of them dropped")
+        for notice in data.notices():
+            say(notice)
         if spec.trainer.stage == 3 and not (spec.model.pretrained or base_weights):
             base_weights = _from_scratch(spec, tokenizer, work)
         arguments = training_arguments(spec, work)  # before the model, so that ZeRO 3 shards it from the first moment
@@ -160,6 +160,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
                     tokens=data.tokens,
                     truncated=data.truncated,
                     dropped=data.dropped,
+                    skipped=data.skipped,
+                    overlap=data.overlap,
                     base=spec.model.base_id,
                     base_sha256=_weights_sha256(base_weights) if base_weights and spec.model.base else None,
                 ),

@@ -35,6 +35,7 @@ OUTSIDE_IDENTITY = ("out", "rerun", "logger", "trainer.keep_checkpoints")
 LATER_TASK_KEYS: dict[str, Any] = {
     "columns": {"question": "question", "answer": "answer"},  # of gsm8k
     "on_bad_row": "stop",
+    "overlapping": "drop",
 }
 
 Grouping = Literal["strided", "blocked"]  # as mora.operators.Grouping, whose import takes seconds

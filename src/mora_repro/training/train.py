@@ -21,8 +21,9 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from .. import distributed
 from ..data.benchmarks import Scores
-from ..data.preparation import Example, TrainingSet
+from ..data.shards import TrainingSet
 from ..data.task import IGNORED
+from ..data.tokens import Example
 from ..errors import Diverged, UserError
 from ..methods import changes_base, computes_in_bf16
 from ..methods.adalora import AllocateRank, allocator_state, load_allocator_state
