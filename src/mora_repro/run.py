@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
+from peft import PromptLearningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -38,6 +39,7 @@ from .methods import (
     load_base,
     load_tokenizer,
     precision,
+    refuse_too_long,
 )
 from .results.environment import describe_environment, peak_memory_mb
 from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store
@@ -120,6 +122,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         tokenizer = load_tokenizer(spec)
         benchmarks = task.benchmarks(spec.eval)  # an error of their files comes before all work
         data = prepare(spec, task, tokenizer, store.out)
+        refuse_too_long(spec, tokenizer, max(data.lengths))
         for notice in task.notices():
             say(notice)
         base_weights = None
@@ -139,6 +142,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         model = apply_method(load_base(spec, tokenizer, base_weights), spec, steps)
         refuse_no_room(cast(PreTrainedModel, model), tokenizer, benchmarks)
         trainable, total = count_parameters(model)
+        if task.packed and isinstance(getattr(model, "active_peft_config", None), PromptLearningConfig):
+            say(f"{spec.method.title}: PEFT takes no positions here, so that the documents of a block see each other")
         say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")
         refuse_full_disk(spec, options, store, work, model)
         outcome = train(
@@ -148,7 +153,14 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
             model,
             tokenizer,
             data,
-            partial(evaluate, cast(PreTrainedModel, model), tokenizer, benchmarks, task.mean_of),
+            partial(
+                evaluate,
+                cast(PreTrainedModel, model),
+                tokenizer,
+                benchmarks,
+                spec.training.max_length,
+                task.mean_of,
+            ),
             work,
         )
         record = record.model_copy(

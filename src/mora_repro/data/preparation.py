@@ -102,7 +102,7 @@ def _found(folder: Path) -> Index | None:
 
 def _made(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Index:
     max_length = spec.training.max_length
-    left_out = np.empty(0, np.uint64)
+    left_out = None
     unchecked: list[str] = []
     if task.from_corpus:
         measured = [spec.eval.model_copy(update={"split": split}) for split in ("test", "validation")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -32,14 +32,15 @@ class Shard(Strict):
 
 
 class Index(Strict):
-    """What a folder holds. `samples` are those trained on (documents, where packed into `block`s of so many tokens),
-    and `tokens` theirs; `longest` is in tokens; for the counts see Tokens. `overlap` None: not looked for; `unchecked`
-    are the benchmarks whose texts were not at hand."""
+    """What a folder holds.
+
+    `samples` are those trained on (documents, where packed into a `block` of so many tokens), and `tokens` theirs; for
+    the counts see Tokens. `overlap` None: not looked for; `unchecked` are benchmarks whose texts were not at hand.
+    """
 
     block: int | None
     samples: int = 0
     tokens: int = 0
-    longest: int = 0
     truncated: int = 0
     dropped: int = 0
     skipped: int = 0
@@ -73,16 +74,11 @@ class TrainingSet:
         shard = bisect_right(self._ends, index)
         place = index - (self._ends[shard - 1] if shard else 0)
         arrays = self._arrays[shard]
-        starts, size = arrays["starts"], self.index.block
-        start, end = (place * size, (place + 1) * size) if size else starts[place : place + 2].tolist()
+        if size := self.index.block:
+            return _block(arrays, place * size, (place + 1) * size)
+        start, end = arrays["starts"][place : place + 2].tolist()
         ids = arrays["tokens"][start:end].astype(np.int64)
-        labels = np.where(arrays["trained"][start:end], ids, IGNORED)
-        if not size:
-            return Example(ids.tolist(), labels.tolist())
-        inside = starts[np.searchsorted(starts, start, "right") : np.searchsorted(starts, end)] - start
-        begins = np.array([0, *inside])
-        positions = np.arange(size) - np.repeat(begins, np.diff([*begins, size]))
-        return Example(ids.tolist(), np.where(positions, labels, IGNORED).tolist(), positions.tolist())
+        return Example(ids.tolist(), np.where(arrays["trained"][start:end], ids, IGNORED).tolist())
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -131,6 +127,36 @@ class TrainingSet:
         return self.index.overlap
 
 
+def _block(arrays: Mapping[str, np.ndarray], start: int, end: int) -> Example:
+    """The documents, or parts of them, between two places."""
+    starts = arrays["starts"]
+    inside = starts[np.searchsorted(starts, start, "right") : np.searchsorted(starts, end)]
+    begins = np.array([start, *inside])
+    positions = np.arange(start, end) - np.repeat(begins, np.diff([*begins, end]))
+    ids = arrays["tokens"][start:end].astype(np.int64)
+    labels = np.where(arrays["trained"][start:end] & (positions > 0), ids, IGNORED)
+    return Example(ids.tolist(), labels.tolist(), positions.tolist())
+
+
+def _filling(tokens: int, fill: int) -> Tokens:
+    """So many tokens that are not trained."""
+    return Tokens(np.full(tokens, fill, np.uint32), np.zeros(tokens, bool), [tokens])
+
+
+def blocks_of(parts: Iterable[Tokens], block: int, fill: int) -> list[Example]:
+    """The blocks that `write` would make of documents, in memory."""
+    parts = list(parts)
+    if rest := -sum(len(part.ids) for part in parts) % block:
+        parts.append(_filling(rest, fill))
+    lengths = [length for part in parts for length in part.lengths]
+    arrays = {
+        "tokens": np.concatenate([part.ids for part in parts] or [np.empty(0)]),
+        "trained": np.concatenate([part.trained for part in parts] or [np.empty(0)]),
+        "starts": np.cumsum([0, *lengths]),
+    }
+    return [_block(arrays, start, start + block) for start in range(0, len(arrays["tokens"]), block)]
+
+
 def write(
     folder: Path,
     parts: Iterable[Tokens],
@@ -149,7 +175,7 @@ def write(
     ids: list[np.ndarray] = []
     trained: list[np.ndarray] = []
     starts: list[int] = []
-    counts = dict.fromkeys(("tokens", "samples", "longest", "truncated", "dropped", "skipped", "overlap"), 0)
+    counts = dict.fromkeys(("tokens", "samples", "truncated", "dropped", "skipped", "overlap"), 0)
     size = 0  # of what is not yet written, in tokens
 
     def flush(end: int) -> None:
@@ -174,25 +200,25 @@ def write(
         if size and (not starts or starts[0]):
             starts = [0, *starts]  # the rest of a document
 
-    for part in parts:
+    def add(part: Tokens) -> None:
+        nonlocal starts, size
         starts += [size + start for start in accumulate(part.lengths[:-1], initial=0)] if part.lengths else []
         ids.append(part.ids)
         trained.append(part.trained)
         size += len(part.ids)
+
+    for part in parts:
+        add(part)
         counts["tokens"] += len(part.ids)
         counts["samples"] += len(part.lengths)
-        counts["longest"] = max(counts["longest"], *part.lengths, 0)
         for name in ("truncated", "dropped", "skipped", "overlap"):
             counts[name] += getattr(part, name)
         progress(part)
         if size >= max(SHARD, block or 0):
             flush(size - size % block if block else size)
     if size:
-        if block and (rest := -size % block):
-            starts.append(size)
-            ids.append(np.full(rest, fill, np.uint32))
-            trained.append(np.zeros(rest, bool))
-            size += rest
+        if block and size % block:
+            add(_filling(-size % block, fill))
         flush(size)
     return Index(block=block, shards=tuple(shards), **counts)
 

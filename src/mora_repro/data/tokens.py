@@ -75,13 +75,13 @@ class Tokeniser:
     n-grams `left_out` are left out or, with `keep_overlap`, counted alone."""
 
     tokenizer: PreTrainedTokenizerBase
-    max_length: int | None
-    left_out: np.ndarray
+    max_length: int | None = None
+    left_out: np.ndarray | None = None
     keep_overlap: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> Tokens:
         read = [sample for sample in samples if sample]
-        overlapping = [overlaps("\n".join(segment.text for segment in sample), self.left_out) for sample in read]
+        overlapping = [self._overlaps(sample) for sample in read]
         kept = [sample for sample, found in zip(read, overlapping) if self.keep_overlap or not found]
         ids, trained, lengths, truncated, dropped = [], [], [], 0, 0
         for example in tokenise(self.tokenizer, kept):
@@ -104,15 +104,18 @@ class Tokeniser:
             sum(overlapping),
         )
 
-    def all(self, samples: Iterable[Sample]) -> Iterator[Tokens]:
-        """The Tokens of all samples in their order; of many, in a process per core.
+    def _overlaps(self, sample: Sample) -> bool:
+        return self.left_out is not None and overlaps("\n".join(part.text for part in sample), self.left_out)
+
+    def all(self, samples: Iterable[Sample], inline: bool = False) -> Iterator[Tokens]:
+        """The Tokens of all samples in their order; of many, in a process per core, unless `inline`.
 
         A bounded number of batches is in memory, whatever the number of samples.
         """
         batches = _batches(samples)
         first = list(islice(batches, INLINE))
-        if len(first) < INLINE:
-            yield from map(self, first)
+        if inline or len(first) < INLINE:
+            yield from map(self, chain(first, batches))
             return
         workers = len(os.sched_getaffinity(0))
         # Not forked: this process has threads (of torch, of the other processes' connections).

@@ -110,6 +110,18 @@ def load_base(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, weights: Path |
         raise _not_found("model", spec.model.pretrained, error) from error
 
 
+def refuse_too_long(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Raises UserError where samples of `longest` tokens and the method's virtual tokens have no place in the model."""
+    positions = getattr(_config(spec, tokenizer).get_text_config(), "max_position_embeddings", None)
+    virtual = (spec.method.peft or {}).get("num_virtual_tokens", 0)
+    if positions is not None and virtual + longest > positions:
+        beside = f" beside {virtual} virtual tokens" if virtual else ""
+        raise UserError(
+            f"task={spec.task['name']} has samples of {longest} tokens, and model={spec.model.name} has {positions} "
+            f"positions{beside}. Cut them: training.max_length={max(1, positions - virtual)}"
+        )
+
+
 def on_meta_device(spec: RunSpec) -> PreTrainedModel:
     """The base model's shapes without its memory, from `architecture` (or the pretrained config)."""
     config = LlamaConfig(**spec.model.architecture) if spec.model.architecture else _config(spec, None)

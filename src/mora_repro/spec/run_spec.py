@@ -114,7 +114,8 @@ class Model(Strict):
 
 
 class Training(Strict):
-    """How it is trained; `batch_size` is global, in samples; lengths are in tokens."""
+    """How it is trained; `batch_size` is global, in samples; lengths are in tokens. `group_by_length`: a step's samples
+    have about the same length."""
 
     steps: PositiveInt | None
     epochs: PositiveFloat | None
@@ -129,6 +130,7 @@ class Training(Strict):
     save_every: PositiveInt
     log_every: PositiveInt
     threads: PositiveInt | None
+    group_by_length: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Training:
