@@ -128,6 +128,7 @@ def _made(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, folder:
         index = index.model_copy(update={"overlap": None})
     shards.seal(partial, index)
     partial.rename(folder)
+    say(f"prepared {line.note()}: {folder}")
     return index
 
 
@@ -154,13 +155,15 @@ class _Line:
         )
         self.bar = self.progress.add_task("preparing", total=self.total, note="")
 
+    def note(self) -> str:
+        speed = self.tokens / max(time.monotonic() - self.since, 1e-9)
+        return f"{self.samples:,} samples, {self.tokens:,} tokens, {speed:,.0f} tokens/s"
+
     def advance(self, part: Tokens) -> None:
         self.tokens += len(part.ids)
         self.samples += len(part.lengths)
         self.characters += part.characters
-        now = time.monotonic()
-        speed = self.tokens / max(now - self.since, 1e-9)
-        note = f"{self.samples:,} samples, {self.tokens:,} tokens, {speed:,.0f} tok/s"
+        note, now = self.note(), time.monotonic()
         self.progress.update(self.bar, completed=self.characters, note=note)
         if not self.console.is_terminal and now - self.said > 30:
             self.said = now

@@ -117,7 +117,7 @@ class Tokeniser:
         if inline or len(first) < INLINE:
             yield from map(self, chain(first, batches))
             return
-        workers = len(os.sched_getaffinity(0))
+        workers = processes()
         # Not forked: this process has threads (of torch, of the other processes' connections).
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (self,)) as pool:
             waiting: deque = deque()
@@ -130,6 +130,11 @@ class Tokeniser:
                     yield waiting.popleft().result()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def processes() -> int:
+    """How many processes tokenise a large corpus: one per core."""
+    return len(os.sched_getaffinity(0))
 
 
 def _characters(samples: Iterable[Sample]) -> int:
