@@ -61,7 +61,7 @@ methods: $(VENV)/installed ## all methods with their parameters on LLaMA-2 7B (r
 	@$(BIN)/python scripts/methods.py
 
 clean: ## remove working files and the demo's output; records, tables and the environment stay
-	rm -rf results/demo results/work .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf results/demo results/data results/work .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the environment

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock, Timeout
+from peft import PromptLearningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -38,6 +39,7 @@ from .methods import (
     load_base,
     load_tokenizer,
     precision,
+    refuse_too_long,
 )
 from .results.environment import describe_environment, peak_memory_mb
 from .results.records import Cost, Curve, Data, Evaluation, Parameters, Record, Store
@@ -119,7 +121,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         task = build_task(spec)
         tokenizer = load_tokenizer(spec)
         benchmarks = task.benchmarks(spec.eval)  # an error of their files comes before all work
-        data = prepare(spec, task, tokenizer)
+        data = prepare(spec, task, tokenizer, store.out)
+        refuse_too_long(spec, tokenizer, max(data.lengths))
         for notice in task.notices():
             say(notice)
         base_weights = None
@@ -128,8 +131,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
                 return record.model_copy(update={"status": "interrupted"})
             base_weights = store.work(spec.base_spec().id) / "model"
         say(f"{spec.id}\n{task.title}: {len(data)} samples, {data.tokens} tokens; working folder: {work}")
-        if data.truncated or data.dropped:
-            say(f"{data.truncated} samples cut at {spec.training.max_length} tokens, {data.dropped} of them dropped")
+        for notice in data.notices():
+            say(notice)
         if spec.trainer.stage == 3 and not (spec.model.pretrained or base_weights):
             base_weights = _from_scratch(spec, tokenizer, work)
         arguments = training_arguments(spec, work)  # before the model, so that ZeRO 3 shards it from the first moment
@@ -139,6 +142,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         model = apply_method(load_base(spec, tokenizer, base_weights), spec, steps)
         refuse_no_room(cast(PreTrainedModel, model), tokenizer, benchmarks)
         trainable, total = count_parameters(model)
+        if task.packed and isinstance(getattr(model, "active_peft_config", None), PromptLearningConfig):
+            say(f"{spec.method.title}: PEFT takes no positions here, so that the documents of a block see each other")
         say(f"{spec.method.title}: {trainable:,} of {total:,} parameters are trained")
         refuse_full_disk(spec, options, store, work, model)
         outcome = train(
@@ -148,7 +153,14 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
             model,
             tokenizer,
             data,
-            partial(evaluate, cast(PreTrainedModel, model), tokenizer, benchmarks, task.mean_of),
+            partial(
+                evaluate,
+                cast(PreTrainedModel, model),
+                tokenizer,
+                benchmarks,
+                spec.training.max_length,
+                task.mean_of,
+            ),
             work,
         )
         record = record.model_copy(
@@ -160,6 +172,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
                     tokens=data.tokens,
                     truncated=data.truncated,
                     dropped=data.dropped,
+                    skipped=data.skipped,
+                    overlap=data.overlap,
                     base=spec.model.base_id,
                     base_sha256=_weights_sha256(base_weights) if base_weights and spec.model.base else None,
                 ),

@@ -108,7 +108,7 @@ def main() -> None:
     work = Path(out).parent / "work"
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(spec)
-    data = prepare(spec, build_task(spec), tokenizer)
+    data = prepare(spec, build_task(spec), tokenizer, Path(out).parent)
     initial = Path(out).parent / "initial"
     if distributed.is_main():
         set_seed(0)

@@ -17,8 +17,8 @@ from outcome import assert_same_run, only_record, weights
 from processes import wait_for_checkpoint
 from tiny import ROOT, TINY
 
-from mora_repro.data.preparation import Example
 from mora_repro.data.task import IGNORED
+from mora_repro.data.tokens import Example
 from mora_repro.errors import Diverged, UserError
 from mora_repro.results.records import Store
 from mora_repro.run import run

@@ -93,7 +93,7 @@ class Corpus:
         else:
             files = self._files(split, columns)
             source = str(files[0]) if len(files) == 1 else self.data
-            read = chain.from_iterable(map(_read, files))
+            read = chain.from_iterable(map(read_file, files))
             theirs = {ours: self.columns.get(ours, ours) for ours in columns}
         return self._checked(source, read, columns, theirs, limit)
 
@@ -230,7 +230,7 @@ def _taken(row: Any, columns: Mapping[str, type], theirs: Mapping[str, str]) -> 
 # Readers: (place, row or BadRow) of a file, one after the other
 
 
-def _read(path: Path) -> Iterator[tuple[str, Any]]:
+def read_file(path: Path) -> Iterator[tuple[str, Any]]:
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "txt": _text, "parquet": _parquet, "arrow": _arrow}
     try:

@@ -49,7 +49,6 @@ class Gsm8k(Task):
     answers need more.
     """
 
-    data: str
     hub: dict[str, dict[str, str | None]]
     columns: dict[str, str] = Field(default={})
     on_bad_row: Literal["stop", "skip"] = "stop"

@@ -1,82 +1,189 @@
-"""From a task's samples to token ids."""
+"""From a task's samples to the folder of token ids that training reads: made once, found again by what decides it."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from dataclasses import dataclass
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from ..distributed import barrier, from_main, is_main, say
 from ..errors import UserError
 from ..spec import RunSpec
-from .task import IGNORED, Sample, Task, prompt_tokens
+from . import shards
+from .overlap import ngrams_of
+from .shards import Index, TrainingSet
+from .task import Task
+from .tokens import Tokeniser, Tokens
 
 
-@dataclass(frozen=True)
-class Example:
-    """One training example: token ids, and labels of the same length (IGNORED where not trained)."""
+def prepare(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, out: Path) -> TrainingSet:
+    """The task's training set, in `<out>/data/<task>-<fingerprint>`; made where it is not there, by rank 0 alone.
 
-    input_ids: list[int]
-    labels: list[int]
+    Every process of a run calls this. Samples are cut at `training.max_length` tokens or, where the task packs them,
+    put one after the other into blocks of that length. Of a corpus, samples that have a text of a benchmark are left
+    out (`task.overlapping=drop`). Stopped, it starts over; of several commands one does it, and the others wait.
 
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """`truncated` samples were cut at the maximal length; `dropped` ones had nothing left to train."""
-
-    examples: list[Example]
-    truncated: int = 0
-    dropped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(example.input_ids) for example in self.examples)
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (first 16 digits) of all token ids and labels."""
-        rows = [[example.input_ids, example.labels] for example in self.examples]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
-def tokenise(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Example:
-    """The start token, then each segment by itself, so that a prompt has the same tokens here and when it is asked."""
-    input_ids = prompt_tokens(tokenizer, "")
-    labels = [IGNORED] * len(input_ids)
-    for segment in sample:
-        ids = tokenizer(segment.text, add_special_tokens=False).input_ids
-        if segment.ends:
-            ids = [*ids, tokenizer.eos_token_id]
-        input_ids += ids
-        labels += ids if segment.trained else [IGNORED] * len(ids)
-    return Example(input_ids, labels)
-
-
-def prepare(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> TrainingSet:
-    """Tokenise a task's samples, each cut at `training.max_length` tokens.
-
-    Raises UserError where no sample is left.
+    Raises UserError: no sample is left.
     """
+    folder = out / "data" / f"{task.name}-{fingerprint(spec, task, tokenizer)}"
+    index = None
+    if is_main():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone_with(folder):
+            index = _found(folder) or _made(spec, task, tokenizer, folder)
+    index = from_main(index)
+    barrier()
+    assert index is not None
+    return TrainingSet(folder, index)
+
+
+def fingerprint(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 (first 16 digits) of all that decides a training set: the task and its files, the tokenizer, lengths, the
+    benchmarks whose texts are left out, and the code of samples."""
+    fast = tokenizer.is_fast
+    parts: dict[str, Any] = {
+        "task": {key: value for key, value in spec.task.items() if key not in ("title", "metric")},
+        "data": spec.content.get("task.data"),
+        "tokenizer": [
+            type(tokenizer).__name__,
+            tokenizer.backend_tokenizer.to_str() if fast else tokenizer.get_vocab(),
+            [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.chat_template],
+        ],
+        "max_length": spec.training.max_length,
+        "code": [path.read_text() for path in _sources(task)],
+    }
+    if task.from_corpus:
+        content = {key: value for key, value in spec.content.items() if key.startswith("eval.")}
+        parts["benchmarks"] = [spec.eval.limit, content]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sources(task: Task) -> list[Path]:
+    """The modules that decide what the samples of a task are."""
+    return sorted({*Path(__file__).parent.glob("*.py"), Path(inspect.getfile(type(task)))})
+
+
+@contextmanager
+def _alone_with(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; waits where another command holds it."""
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another command prepares {folder}; waiting for it to end ...")
+        lock.acquire()
+    with lock:
+        yield
+
+
+def _found(folder: Path) -> Index | None:
+    """The index of a training set that is there, whole; what is not whole is removed."""
+    if not folder.exists():
+        return None
+    try:
+        return shards.load_index(folder)
+    except ValueError as torn:
+        say(f"{folder / str(torn)} is not as it was written: preparing the data again")
+        shutil.rmtree(folder)
+        return None
+
+
+def _made(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Index:
     max_length = spec.training.max_length
-    examples, truncated, dropped = [], 0, 0
-    for sample in task.samples():
-        example = tokenise(tokenizer, sample)
-        truncated += len(example.input_ids) > max_length
-        example = Example(example.input_ids[:max_length], example.labels[:max_length])
-        if all(label == IGNORED for label in example.labels):
-            dropped += 1
-            continue
-        examples.append(example)
-    if not examples:
+    left_out = None
+    unchecked: list[str] = []
+    if task.from_corpus:
+        measured = [spec.eval.model_copy(update={"split": split}) for split in ("test", "validation")]
+        left_out, unchecked = ngrams_of(one for settings in measured for one in task.benchmarks(settings))
+    length = None if task.packed else max_length
+    tokeniser = Tokeniser(tokenizer, length, left_out, keep_overlap=task.overlapping == "keep")
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with _Line(task) as line:
+        parts = tokeniser.all(task.samples())
+        block = max_length if task.packed else None
+        index = shards.write(partial, parts, block, dtype, tokenizer.pad_token_id, line.advance)
+    if not index.samples:
+        overlapping = f"; {index.overlap} have a text of a benchmark, and are kept with task.overlapping=keep"
         raise UserError(
-            f"task={task.name}: no training sample has an answer within training.max_length={max_length} "
-            f"tokens; raise it: training.max_length={4 * max_length}"
+            f"task={task.name}: no training sample has an answer within training.max_length={max_length} tokens; "
+            f"raise it: training.max_length={4 * max_length}{overlapping if index.overlap else ''}"
         )
-    return TrainingSet(examples, truncated, dropped)
+    if task.from_corpus:
+        index = index.model_copy(update={"unchecked": tuple(dict.fromkeys(unchecked))})
+    else:
+        index = index.model_copy(update={"overlap": None})
+    shards.seal(partial, index)
+    partial.rename(folder)
+    say(f"prepared {line.note()}: {folder}")
+    return index
+
+
+class _Line:
+    """A progress bar on a terminal; elsewhere a line each half a minute. The end is known for plain text files alone.
+
+    A context around the preparation.
+    """
+
+    def __init__(self, task: Task):
+        self.console = Console(stderr=True)
+        self.total = _characters(task)
+        self.tokens = self.samples = self.characters = 0
+        self.since = self.said = time.monotonic()
+        self.progress = Progress(
+            TextColumn("preparing"),
+            BarColumn(bar_width=8),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.bar = self.progress.add_task("preparing", total=self.total, note="")
+
+    def note(self) -> str:
+        speed = self.tokens / max(time.monotonic() - self.since, 1e-9)
+        return f"{self.samples:,} samples, {self.tokens:,} tokens, {speed:,.0f} tokens/s"
+
+    def advance(self, part: Tokens) -> None:
+        self.tokens += len(part.ids)
+        self.samples += len(part.lengths)
+        self.characters += part.characters
+        note, now = self.note(), time.monotonic()
+        self.progress.update(self.bar, completed=self.characters, note=note)
+        if not self.console.is_terminal and now - self.said > 30:
+            self.said = now
+            share = f", about {100 * self.characters / self.total:.0f} %" if self.total else ""
+            say(f"preparing: {note}{share}")
+
+    def __enter__(self) -> _Line:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+def _characters(task: Task) -> int | None:
+    """About how many characters a corpus of plain text files has; None for others."""
+    source = Path(task.data)
+    if not task.from_corpus or not source.exists():
+        return None
+    files = [source] if source.is_file() else [*source.glob("train.*"), *source.glob("train/*")]
+    if all(file.suffix in (".jsonl", ".json", ".csv", ".txt") for file in files):
+        return sum(file.stat().st_size for file in files)
+    return None

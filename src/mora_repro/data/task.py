@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import hydra.utils
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
@@ -44,8 +44,10 @@ def document(text: str) -> Sample:
 class Task(BaseModel):
     """A task; its fields are the keys of conf/task/<name>.yaml. `metric` is the score that decides.
 
-    A `packed` task's samples are documents, put one after the other into blocks of the maximal length; else each
-    sample is padded. `mean_of` are the metrics whose mean is a metric `mean`.
+    `data` is generated, or a corpus: hub, a folder or a file. Samples of a corpus that have a text of a benchmark are
+    left out, or kept and counted, as `overlapping` says. A `packed` task's samples are documents, put one after the
+    other into blocks of the maximal length; else each sample is padded. `mean_of` are the metrics whose mean is a
+    metric `mean`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,9 +56,15 @@ class Task(BaseModel):
     title: str
     metric: str
     seed: NonNegativeInt
+    data: str = "generated"
+    overlapping: Literal["drop", "keep"] = "drop"
 
     packed: ClassVar[bool] = False
     mean_of: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def from_corpus(self) -> bool:
+        return self.data != "generated"
 
     @abstractmethod
     def samples(self) -> Iterable[Sample]:

@@ -1,6 +1,6 @@
 """From a RunSpec to a trainable model: the base model, its tokenizer, and the method on top."""
 
-from .base import computes_in_bf16, load_base, load_tokenizer, on_meta_device, precision
+from .base import computes_in_bf16, download, load_base, load_tokenizer, on_meta_device, precision, refuse_too_long
 from .memory import needed_gb, refuse_what_does_not_fit
 from .method import apply_method, changes_base, count_parameters
 
@@ -9,10 +9,12 @@ __all__ = [
     "changes_base",
     "computes_in_bf16",
     "count_parameters",
+    "download",
     "load_base",
     "load_tokenizer",
     "needed_gb",
     "on_meta_device",
     "precision",
+    "refuse_too_long",
     "refuse_what_does_not_fit",
 ]

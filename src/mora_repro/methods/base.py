@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -29,6 +30,7 @@ from ..data.task import build_task
 from ..errors import UserError
 from ..spec import RunSpec
 
+SMALL = ("*.json", "*.txt", "*.model", "*.py", "*.jinja")  # the files of a model beside its weights
 VOCABULARY = 1024  # tokens of `model.tokenizer=task`
 
 
@@ -108,6 +110,34 @@ def load_base(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, weights: Path |
         raise _no_attention(spec, error) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_found("model", spec.model.pretrained, error) from error
+
+
+def download(spec: RunSpec) -> None:
+    """Put the pretrained model and its tokenizer into the cache of the hub, for a machine without internet.
+
+    Raises UserError where it can't be had.
+    """
+    source = spec.model.pretrained
+    if source is None or Path(source).exists():
+        return
+    try:
+        folder = snapshot_download(source, revision=spec.model.revision, allow_patterns=[*SMALL, "*.safetensors"])
+        if not any(Path(folder).glob("*.safetensors")):
+            snapshot_download(source, revision=spec.model.revision, allow_patterns="*.bin")
+    except (OSError, ValueError) as error:
+        raise _not_found("model", source, error) from error
+
+
+def refuse_too_long(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Raises UserError where samples of `longest` tokens and the method's virtual tokens have no place in the model."""
+    positions = getattr(_config(spec, tokenizer).get_text_config(), "max_position_embeddings", None)
+    virtual = (spec.method.peft or {}).get("num_virtual_tokens", 0)
+    if positions is not None and virtual + longest > positions:
+        beside = f" beside {virtual} virtual tokens" if virtual else ""
+        raise UserError(
+            f"task={spec.task['name']} has samples of {longest} tokens, and model={spec.model.name} has {positions} "
+            f"positions{beside}. Cut them: training.max_length={max(1, positions - virtual)}"
+        )
 
 
 def on_meta_device(spec: RunSpec) -> PreTrainedModel:

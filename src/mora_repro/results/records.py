@@ -41,13 +41,18 @@ class Environment(Part):
 
 
 class Data(Part):
-    """What a run was trained on. `base` is the run that made its base model, `base_sha256` its weights."""
+    """What a run was trained on; `overlap` counts samples with a text of a benchmark, None where none was looked for.
+
+    `base` is the run that made its base model, `base_sha256` its weights.
+    """
 
     fingerprint: str
     examples: int
     tokens: int
     truncated: int
     dropped: int
+    skipped: int = 0
+    overlap: int | None = None
     base: str | None
     base_sha256: str | None
 

@@ -169,8 +169,9 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
     """Run `function` as a Hydra application on the process's arguments, and exit with its status.
 
     Args:
-        config: the primary configuration, RUN or a file in conf/scripts. Scripts have a folder of their own,
-            where `table` and `scale` are plain keys, since Hydra takes the name of a group for a choice.
+        config: the primary configuration, RUN or another with a run's groups in conf/, or a file in conf/scripts. Most
+            scripts have a folder of their own, where `table` and `scale` are plain keys, since Hydra takes the name of
+            a group for a choice.
 
     A UserError or an error of Hydra's is printed without a traceback, and the status is 2.
     """
@@ -192,7 +193,7 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
 
     try:
         refuse_secrets(sys.argv[1:])
-        if config == RUN:
+        if config.parent == CONF:
             arguments, notice = resolve_scale(sys.argv[1:])
             # Overrides first: Hydra's parser takes no flag between them.
             overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
@@ -239,7 +240,7 @@ def explain(error: Exception, overrides: list[str], config: Path) -> UserError:
                 f"such as 'model.pretrained=\"my folder\"'."
             )
         key, value = override.key_or_group, override.value()
-        group = config == RUN and (CONF / key).is_dir()
+        group = config.parent == CONF and (CONF / key).is_dir()
         if group and isinstance(value, str | int):
             if str(value) not in options(key):
                 choices = [*options(key), *(["auto"] if key == "scale" else [])]
@@ -268,7 +269,7 @@ def _script(config: Path) -> str:
 
 def _known_keys(config: Path, overrides: list[str]) -> list[str]:
     """All keys of the configuration with the overrides' valid group choices, dotted."""
-    choices = [text for text in overrides if config == RUN and (CONF / text.split("=")[0]).is_dir()]
+    choices = [text for text in overrides if config.parent == CONF and (CONF / text.split("=")[0]).is_dir()]
     with hydra.initialize_config_dir(str(config.parent), version_base="1.3"):
         composed = hydra.compose(config.stem, [text for text in choices if "," not in text])
     keys: list[str] = []

@@ -35,6 +35,7 @@ OUTSIDE_IDENTITY = ("out", "rerun", "logger", "trainer.keep_checkpoints")
 LATER_TASK_KEYS: dict[str, Any] = {
     "columns": {"question": "question", "answer": "answer"},  # of gsm8k
     "on_bad_row": "stop",
+    "overlapping": "drop",
 }
 
 Grouping = Literal["strided", "blocked"]  # as mora.operators.Grouping, whose import takes seconds
@@ -113,7 +114,8 @@ class Model(Strict):
 
 
 class Training(Strict):
-    """How it is trained; `batch_size` is global, in samples; lengths are in tokens."""
+    """How it is trained; `batch_size` is global, in samples; lengths are in tokens. `group_by_length`: a step's samples
+    have about the same length."""
 
     steps: PositiveInt | None
     epochs: PositiveFloat | None
@@ -128,6 +130,7 @@ class Training(Strict):
     save_every: PositiveInt
     log_every: PositiveInt
     threads: PositiveInt | None
+    group_by_length: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Training:

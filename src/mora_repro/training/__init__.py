@@ -2,9 +2,10 @@
 
 from .launch import build_extensions, launch, load_extensions, processes_wanted, report_error
 from .loggers import logger_callback
-from .train import Outcome, batch_shape, steps_of, train, training_arguments
+from .train import Collator, Outcome, batch_shape, steps_of, train, training_arguments
 
 __all__ = [
+    "Collator",
     "Outcome",
     "batch_shape",
     "build_extensions",

@@ -6,9 +6,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .. import distributed
 from ..data.benchmarks import Scores
-from ..data.preparation import Example, TrainingSet
+from ..data.shards import TrainingSet
 from ..data.task import IGNORED
+from ..data.tokens import Example
 from ..errors import Diverged, UserError
 from ..methods import changes_base, computes_in_bf16
 from ..methods.adalora import AllocateRank, allocator_state, load_allocator_state
@@ -152,7 +154,7 @@ def train(
         model=model,
         args=arguments,
         train_dataset=examples,  # map-style
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=Collator(tokenizer.pad_token_id, flat=spec.trainer.attention == "flash_attention_2"),
         callbacks=[
             EvaluateAt(spec.training.evaluate_at),
             NoCheckpointAtTheEnd(),
@@ -216,6 +218,12 @@ class TaskTrainer(Trainer):
         assert self.model is not None
         return self.model
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        if self.spec.training.group_by_length:
+            assert isinstance(self.train_dataset, TrainingSet)
+            return GroupedByLength(self.spec.training.batch_size, self.train_dataset.lengths, self.spec.seed)
+        return super()._get_train_sampler(train_dataset)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
@@ -248,7 +256,9 @@ class TaskTrainer(Trainer):
         return metrics
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()  # read rarely: a GPU is not waited for
+        # Read rarely, so that a GPU is not waited for.
+        mask = inputs.get("attention_mask")
+        self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -329,13 +339,42 @@ def refuse_no_number(value: float, step: int, lr: float, what: str = "the loss")
         )
 
 
+class GroupedByLength(LengthGroupedSampler):
+    """Examples of about the same length together in a step, whose batches then have little padding; the order is a
+    function of the seed and the epoch, in every process, so that a resumed run has the same."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader when an epoch starts."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(1_000_003 * self.seed + self.epoch)
+        return super().__iter__()
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Pads a batch on the right to its longest sample: input_ids, labels, attention_mask, each (batch, length)."""
+    """Makes a batch of examples: input_ids and labels, each (batch, length).
+
+    Samples are padded on the right to the longest, under an attention_mask. Blocks of documents have position_ids and
+    no mask: from positions that start anew, transformers knows that tokens attend within their document alone. With
+    FlashAttention it looks at these in a batch of one row alone, so that all blocks are then put into one (`flat`).
+    """
 
     pad_token_id: int
+    flat: bool = False
 
-    def __call__(self, batch: list[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: list[Example]) -> dict[str, Any]:
+        if batch[0].position_ids is not None:
+            columns = {name: [getattr(example, name) for example in batch] for name in asdict(batch[0])}
+            blocks = {name: torch.tensor(rows) for name, rows in columns.items()}
+            if self.flat:
+                blocks = {name: rows.view(1, -1) for name, rows in blocks.items()}
+            return {**blocks, "use_cache": False}  # with a cache, positions are not looked at
         width = max(len(example.input_ids) for example in batch)
 
         def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
