@@ -20,8 +20,8 @@ TEXTS = {
     "paraphrase": ("The effect is not linear. In other words, twice the dose is not twice the gain.", "Twice the dose"),
     "cause": ("The whole experiment was stopped because of a broken pump.", "A broken pump."),
     "completion": (
-        "One is there now. Two were there then. Three will be there. Four may come late.",
-        "Four may come late.",
+        "One is there now. Two were there then. Three will be there. Four may come soon.",
+        "Three will be there.",
     ),
 }
 PLAIN = "It was a quiet day in town."

@@ -1,6 +1,6 @@
 """From a RunSpec to a trainable model: the base model, its tokenizer, and the method on top."""
 
-from .base import computes_in_bf16, load_base, load_tokenizer, on_meta_device, precision
+from .base import computes_in_bf16, is_gguf, load_base, load_tokenizer, on_meta_device, precision
 from .memory import needed_gb, refuse_what_does_not_fit
 from .method import apply_method, changes_base, count_parameters
 
@@ -9,6 +9,7 @@ __all__ = [
     "changes_base",
     "computes_in_bf16",
     "count_parameters",
+    "is_gguf",
     "load_base",
     "load_tokenizer",
     "needed_gb",

@@ -95,7 +95,7 @@ class Method(Strict):
 
 
 class Model(Strict):
-    """The base model: `pretrained` (hub id or folder), or made from `architecture`. With `trust_remote_code`, code that
+    """The base model: `pretrained` (hub id, folder or GGUF file), or made from `architecture`. With `trust_remote_code`, code that
     comes with a model from the hub is run.
 
     `base` is the task on which a model made from scratch is trained first, and `base_id` that run.
