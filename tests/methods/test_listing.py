@@ -46,6 +46,6 @@ def test_a_method_that_is_not_in_the_list_shows_a_dash(monkeypatch, tmp_path):
     assert len(compose._methods(8).splitlines()) == len(options("method"))
 
 
-def test_the_script_takes_no_arguments(command):
-    done = command("scripts/methods.py", "r=8", check=False)
+def test_the_script_takes_no_arguments(command_here):
+    done = command_here("scripts/methods.py", "r=8", check=False)
     assert done.returncode != 0 and "takes no arguments" in done.stderr and (ROOT / "results/methods.csv").exists()

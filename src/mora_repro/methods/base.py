@@ -179,5 +179,6 @@ def _not_found(what: str, source: str, error: Exception) -> UserError:
     return UserError(
         f"the {what} {source!r} is neither a local folder nor to be had from the hub "
         f"({str(error).splitlines()[0]}). If it is gated, ask for access on its page and log in with "
-        f"`hf auth login`; a local copy: model=hf model.pretrained=<folder or file.gguf>; offline: model=mini scale=mini"
+        f"`hf auth login`; a local copy: model=hf model.pretrained=<folder or file.gguf>; offline: model=mini "
+        f"scale=mini"
     )
