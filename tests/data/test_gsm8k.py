@@ -57,7 +57,8 @@ def test_the_generated_world_is_a_function_of_the_seed_and_no_test_question_is_t
     assert (len(trained), len(test)) == (3000, 200) and not trained & test
 
 
-def test_more_problems_than_there_are_is_an_error_that_says_how_many_there_are():
+def test_more_problems_than_there_are_is_an_error_that_says_how_many_there_are(monkeypatch):
+    monkeypatch.setattr("mora_repro.data.gsm8k.THINGS", ["figs"])  # a smaller world is sooner used up
     with pytest.raises(UserError, match=r"too few different problems of 1 to 1 steps.*task.train_limit=\d+"):
         generate(0, "train", 1_000_000, (1, 1))
 
