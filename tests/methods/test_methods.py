@@ -63,12 +63,12 @@ def test_a_model_that_is_no_causal_lm_is_refused(tmp_path):
 
 @pytest.mark.parametrize("load", [lambda run: load_tokenizer(run), lambda run: load_base(run, None, None)])
 def test_a_model_that_is_not_there_says_how_to_get_it(load):
-    with pytest.raises(UserError, match=r"nobody/nothing.*hf auth login.*model.pretrained=<folder>"):
+    with pytest.raises(UserError, match=r"nobody/nothing.*hf auth login.*model.pretrained=<folder or file.gguf>"):
         load(spec("model=hf", "model.pretrained=nobody/nothing"))
 
 
 def test_a_folder_that_is_not_there_is_not_taken_for_a_hub_id():
-    with pytest.raises(UserError, match="folder /nowhere is not there"):
+    with pytest.raises(UserError, match="/nowhere is not there"):
         load_tokenizer(spec("model=hf", "model.pretrained=/nowhere"))
 
 

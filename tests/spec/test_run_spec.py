@@ -226,10 +226,18 @@ def test_a_rank_for_a_method_without_one_is_refused():
         (["scripts/report.py", "out=/nowhere"], "sweep.py"),
     ],
 )
-def test_commands_print_one_error_without_traceback(command, arguments, said):
-    done = command(*arguments, check=False)
+def test_a_command_ends_with_one_error(command_here, arguments, said):
+    done = command_here(*arguments, check=False)
     assert done.returncode == 2
-    assert said in done.stderr and "Traceback" not in done.stderr and "error: " in done.stderr
+    assert said in done.stderr and "error: " in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["train.py", "scale=mini", "method=moar"], ["scripts/sweep.py", "table=9"]])
+def test_an_error_has_no_traceback_and_hydra_adds_nothing_to_it(command, arguments):
+    done = command(*arguments, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr and "HYDRA" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -255,13 +263,13 @@ def test_help_lists_the_keys_and_their_choices(command):
     assert "figure2" in text and "search" in text
 
 
-def test_paper_scale_without_a_gpu_says_what_it_needs(command, tmp_path: Path):
+def test_paper_scale_without_a_gpu_says_what_it_needs(command_here, tmp_path: Path):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    done = command("train.py", "method=mora", "r=8", "scale=paper", f"out={tmp_path}", check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    done = command_here("train.py", "method=mora", "r=8", "scale=paper", f"out={tmp_path}", check=False)
+    assert done.returncode == 2
     assert "needs a CUDA GPU" in done.stderr and "GB" in done.stderr
     assert "python train.py method=mora task=uuid scale=mini" in done.stderr
     assert list(tmp_path.iterdir()) == []

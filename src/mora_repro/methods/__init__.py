@@ -1,6 +1,15 @@
 """From a RunSpec to a trainable model: the base model, its tokenizer, and the method on top."""
 
-from .base import computes_in_bf16, download, load_base, load_tokenizer, on_meta_device, precision, refuse_too_long
+from .base import (
+    computes_in_bf16,
+    download,
+    is_gguf,
+    load_base,
+    load_tokenizer,
+    on_meta_device,
+    precision,
+    refuse_too_long,
+)
 from .memory import needed_gb, refuse_what_does_not_fit
 from .method import apply_method, changes_base, count_parameters
 
@@ -10,6 +19,7 @@ __all__ = [
     "computes_in_bf16",
     "count_parameters",
     "download",
+    "is_gguf",
     "load_base",
     "load_tokenizer",
     "needed_gb",

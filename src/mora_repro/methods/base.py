@@ -1,4 +1,4 @@
-"""Base models and tokenizers: from the hub, from a folder, or made from an architecture."""
+"""Base models and tokenizers: from the hub, a folder or a GGUF file, or made from an architecture."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
+    GgufConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -32,6 +33,7 @@ from ..spec import RunSpec
 
 SMALL = ("*.json", "*.txt", "*.model", "*.py", "*.jinja")  # the files of a model beside its weights
 VOCABULARY = 1024  # tokens of `model.tokenizer=task`
+_NOT_LOADED = (OSError, ValueError, SafetensorError)  # what transformers raises of files that are not there or broken
 
 
 def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
@@ -47,9 +49,15 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
         return byte_pairs(build_task(spec).vocabulary(), VOCABULARY)
     assert source is not None  # a model without `pretrained` names its tokenizer (conf/model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_which(spec))
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(**_located(source, spec))
+    except _NOT_LOADED as error:
         raise _not_found("tokenizer", source, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {source} has no end token, by which an answer is known to be over. Give it one: "
+            f'load it in Python, tokenizer.add_special_tokens({{"eos_token": "</s>"}}), for "</s>" a token that the '
+            f"model knows; tokenizer.save_pretrained(<folder>); then model.tokenizer=<folder>"
+        )
     if tokenizer.pad_token_id is None:
         # Padded positions carry no label and no attention, so that any token serves.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -104,12 +112,15 @@ def load_base(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, weights: Path |
             return AutoModelForCausalLM.from_config(config, **how)
     except ImportError as error:
         raise _no_attention(spec, error) from error
+    source = spec.model.pretrained
+    if is_gguf(source):
+        how["quantization_config"] = GgufConfig(dequantize=True)  # into weights that can be trained and saved
     try:
-        return AutoModelForCausalLM.from_pretrained(spec.model.pretrained, config=config, **_which(spec), **how)
+        return AutoModelForCausalLM.from_pretrained(config=config, **_located(source, spec), **how)
     except ImportError as error:
         raise _no_attention(spec, error) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_found("model", spec.model.pretrained, error) from error
+    except _NOT_LOADED as error:
+        raise _not_found("model", source, error) from error
 
 
 def download(spec: RunSpec) -> None:
@@ -155,8 +166,8 @@ def _config(spec: RunSpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrai
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return LlamaConfig(**{"vocab_size": len(tokenizer), **special, **spec.model.architecture})
     try:
-        config = AutoConfig.from_pretrained(source, **_which(spec))
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(**_located(source, spec))
+    except _NOT_LOADED as error:
         raise _not_found("model", source, error) from error
     named = config.architectures or []
     causal = type(config) in AutoModelForCausalLM._model_mapping
@@ -169,8 +180,17 @@ def _config(spec: RunSpec, tokenizer: PreTrainedTokenizerBase | None) -> PreTrai
     return config
 
 
-def _which(spec: RunSpec) -> dict[str, Any]:
-    return {"revision": spec.model.revision, "trust_remote_code": spec.model.trust_remote_code}
+def is_gguf(source: str) -> bool:
+    """Whether a model's source is a GGUF file, llama.cpp's format of a model and its tokenizer in one."""
+    return source.endswith(".gguf")
+
+
+def _located(source: str, spec: RunSpec) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say what is loaded."""
+    which = {"revision": spec.model.revision, "trust_remote_code": spec.model.trust_remote_code}
+    if is_gguf(source):
+        return {"pretrained_model_name_or_path": str(Path(source).parent), "gguf_file": Path(source).name, **which}
+    return {"pretrained_model_name_or_path": source, **which}
 
 
 def _no_attention(spec: RunSpec, error: ImportError) -> UserError:
@@ -185,9 +205,10 @@ def _not_found(what: str, source: str, error: Exception) -> UserError:
     if Path(source).exists():
         return UserError(f"the {what} in {source} can't be loaded: {str(error).splitlines()[0]}")
     if source.startswith(("/", ".", "~")):
-        return UserError(f"the {what} folder {source} is not there")
+        return UserError(f"the {what} {source} is not there")
     return UserError(
         f"the {what} {source!r} is neither a local folder nor to be had from the hub "
         f"({str(error).splitlines()[0]}). If it is gated, ask for access on its page and log in with "
-        f"`hf auth login`; a local copy: model=hf model.pretrained=<folder>; offline: model=mini scale=mini"
+        f"`hf auth login`; a local copy: model=hf model.pretrained=<folder or file.gguf>; offline: model=mini "
+        f"scale=mini"
     )

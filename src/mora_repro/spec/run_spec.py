@@ -96,8 +96,8 @@ class Method(Strict):
 
 
 class Model(Strict):
-    """The base model: `pretrained` (hub id or folder), or made from `architecture`. With `trust_remote_code`, code that
-    comes with a model from the hub is run.
+    """The base model: `pretrained` (hub id, folder or GGUF file), or made from `architecture`. With
+    `trust_remote_code`, code that comes with a model from the hub is run.
 
     `base` is the task on which a model made from scratch is trained first, and `base_id` that run.
     """
@@ -239,8 +239,8 @@ class RunSpec(Strict):
 
     def base_spec(self) -> RunSpec:
         """The run that trains this run's base: the same model from scratch, on the task `model.base`."""
-        overrides = ["method=fft", f"task={self.model.base}", f"scale={self.scale}", "model=mini"]
-        base = RunSpec.from_config(compose_config(overrides))
+        assert self.model.base is not None
+        base = _base_spec(self.model.base, self.scale)
         model = self.model.model_copy(update={"base": None, "base_id": None})
         return base.model_copy(update={"model": model})
 
@@ -282,6 +282,12 @@ class RunSpec(Strict):
                 f"(conf/recipes/{self.scale}.yaml); lr={self.lr:g}"
             ]
         return []
+
+
+@cache
+def _base_spec(task: str, scale: str) -> RunSpec:
+    """The run that trains a base at a scale, with the sizes of model=mini."""
+    return RunSpec.from_config(compose_config(["method=fft", f"task={task}", f"scale={scale}", "model=mini"]))
 
 
 def _texts(values: Any) -> list[str]:
