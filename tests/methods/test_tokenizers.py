@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mora_repro.data.preparation import Example
+from mora_repro.data.tokens import Example
 from mora_repro.errors import UserError
 from mora_repro.methods import load_tokenizer
 from mora_repro.spec import RunSpec, compose_config
