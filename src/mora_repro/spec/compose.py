@@ -84,8 +84,10 @@ def _recipe(key: str, *, _root_: DictConfig) -> Any:
 
 
 def _default_rank(*, _root_: DictConfig) -> int | None:
-    """`${default_rank:}`: the scale's low rank, or None for a method without a rank."""
-    return _root_.scale.ranks.low if _root_.method.ranked else None
+    """`${default_rank:}`: that of the task's recipe, else the scale's low rank; None for a method without a rank."""
+    if not _root_.method.ranked:
+        return None
+    return recipes(_root_.scale.name).get(_root_.task.name, {}).get("default_rank", _root_.scale.ranks.low)
 
 
 def _refers_to_r(*, _root_: DictConfig) -> bool:
@@ -156,11 +158,24 @@ def resolve_scale(arguments: list[str]) -> tuple[list[str], str | None]:
     return [f"scale={scale}", *rest], f"scale={scale} (auto: {why}; scale={other} asks for the other)"
 
 
+def with_model(overrides: list[str]) -> list[str]:
+    """The overrides, behind the model that the task's recipe names (`model`), where it names one and they do not.
+
+    A default of Hydra's can depend on the scale or on the task, and this one depends on both.
+    """
+    chosen = dict(text.split("=", 1) for text in overrides if "=" in text)
+    scale, task = chosen.get("scale", "mini"), chosen.get("task")
+    if "model" in chosen or scale not in options("scale"):
+        return overrides
+    named = recipes(scale).get(task, {}).get("model")
+    return [f"model={named}", *overrides] if named else overrides
+
+
 def compose_config(overrides: list[str]) -> DictConfig:
     """Compose the configuration of a run. Raises UserError for an unknown choice or key."""
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose("config", overrides)
+            return hydra.compose("config", with_model(overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise explain(error, overrides, RUN) from error
 
@@ -196,7 +211,7 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
         if config.parent == CONF:
             arguments, notice = resolve_scale(sys.argv[1:])
             # Overrides first: Hydra's parser takes no flag between them.
-            overrides = [text for text in arguments if "=" in text and not text.startswith("-")]
+            overrides = with_model([text for text in arguments if "=" in text and not text.startswith("-")])
             sys.argv[1:] = [*overrides, *(text for text in arguments if text not in overrides)]
             if notice:
                 print(notice, file=sys.stderr, flush=True)

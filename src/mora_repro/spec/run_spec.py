@@ -115,7 +115,11 @@ class Model(Strict):
 
 class Training(Strict):
     """How it is trained; `batch_size` is global, in samples; lengths are in tokens. `group_by_length`: a step's samples
-    have about the same length."""
+    have about the same length.
+
+    `also_trained` are names of modules (the ends of them, as PEFT's `modules_to_save`) that are trained whole beside an
+    adapter, at `also_trained_lr_factor` times the rate.
+    """
 
     steps: PositiveInt | None
     epochs: PositiveFloat | None
@@ -126,6 +130,8 @@ class Training(Strict):
     warmup_steps: NonNegativeInt
     decay_steps: PositiveInt | None
     weight_decay: float
+    also_trained: tuple[str, ...] = ()
+    also_trained_lr_factor: PositiveFloat = 1.0
     evaluate_at: tuple[PositiveInt, ...]
     save_every: PositiveInt
     log_every: PositiveInt

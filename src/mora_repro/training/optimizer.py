@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import UserError
-from ..spec.run_spec import Merge, Method
+from ..spec.run_spec import Merge, Method, Training
 
 
 def adapter_of(layer: BaseTunerLayer) -> list[nn.Parameter]:
@@ -34,12 +34,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_groups(
-    model: nn.Module, method: Method, lr: float, weight_decay: float, decayed: list[str]
+    model: nn.Module, method: Method, lr: float, training: Training, decayed: list[str]
 ) -> list[dict[str, Any]]:
     """Groups for AdamW: adapters apart from the rest, so that ZeRO, which keeps one state per group, can reset them.
 
     Args:
-        lr: of all but what `method.lr_factors` name; it comes first, so that it is the rate that is logged.
+        lr: of all but what `method.lr_factors` name, and what is trained beside the adapter; it comes first, so that
+            it is the rate that is logged.
         decayed: names of the parameters that decay (no biases, no norms).
 
     Raises UserError: a key of `lr_factors` that no trained parameter's name contains.
@@ -54,14 +55,15 @@ def parameter_groups(
                 f"method.lr_factors names {key!r}, and no trained parameter's name contains it. "
                 f"Parts of names that there are: {', '.join(parts) or 'none of an adapter'}"
             )
+    factors = {**method.lr_factors, ".modules_to_save.": training.also_trained_lr_factor}
     for name, parameter in trained.items():
-        factor = next((factor for key, factor in method.lr_factors.items() if key in name), 1.0)
+        factor = next((factor for key, factor in factors.items() if key in name), 1.0)
         groups.setdefault((factor, name in decayed, name in adapters), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": lr * factor,
-            "weight_decay": weight_decay if decays else 0.0,
+            "weight_decay": training.weight_decay if decays else 0.0,
             "adapter": adapter,
         }
         for (factor, decays, adapter), parameters in sorted(

@@ -228,9 +228,7 @@ class TaskTrainer(Trainer):
         if self.optimizer is None:
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
             decayed = self.get_decay_parameter_names(self.network)
-            groups = parameter_groups(
-                self.network, self.spec.method, self.spec.lr, self.spec.training.weight_decay, decayed
-            )
+            groups = parameter_groups(self.network, self.spec.method, self.spec.lr, self.spec.training, decayed)
             self.optimizer = kind(groups, **arguments)
         return self.optimizer
 
