@@ -118,8 +118,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
     try:
         if spec.training.threads:
             torch.set_num_threads(spec.training.threads)
-        task = build_task(spec)
         tokenizer = load_tokenizer(spec)
+        task = build_task(spec).for_tokenizer(tokenizer)
         benchmarks = task.benchmarks(spec.eval)  # an error of their files comes before all work
         data = prepare(spec, task, tokenizer, store.out)
         refuse_too_long(spec, tokenizer, max(data.lengths))

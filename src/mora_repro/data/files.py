@@ -46,12 +46,14 @@ class Corpus:
             configuration), `revision`, `split`, and for each of our columns the name of theirs.
         columns: for local files, the name of their column for each of ours; without one, it is the same.
         on_bad_row: "stop" with an error, or "skip" a row that can't be read or lacks a column.
+        check: raises BadRow for a row of our columns that can't be taken for another reason.
     """
 
     data: str
     hub: Mapping[str, Mapping[str, str | None]]
     columns: Mapping[str, str]
     on_bad_row: Literal["stop", "skip"] = "stop"
+    check: Callable[[Row], None] | None = None
 
     def rows(self, split: Split, columns: Mapping[str, type], limit: int | None = None) -> Iterator[Row | None]:
         """The rows of a split with our columns alone, in the corpus's order, at most `limit`; None for each skipped.
@@ -111,6 +113,8 @@ class Corpus:
                 return
             try:
                 taken = _taken(row, columns, theirs)
+                if self.check:
+                    self.check(taken)
             except BadRow as problem:
                 if self.on_bad_row == "stop":
                     raise UserError(f"{where} {problem} Leave such rows out: task.on_bad_row=skip") from None

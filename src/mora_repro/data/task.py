@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import hydra.utils
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
@@ -62,9 +62,15 @@ class Task(BaseModel):
     packed: ClassVar[bool] = False
     mean_of: ClassVar[tuple[str, ...]] = ()
 
+<<<<<<< HEAD
     @property
     def from_corpus(self) -> bool:
         return self.data != "generated"
+=======
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The task for a model's tokenizer; it differs where a task takes the tokenizer's chat template."""
+        return self
+>>>>>>> 403940b (Instruction tuning: conversations in Tulu's format or the tokenizer's template, and a generated world of instructions)
 
     @abstractmethod
     def samples(self) -> Iterable[Sample]:

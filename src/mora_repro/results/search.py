@@ -15,6 +15,9 @@ from ..spec.table import Cell
 from .records import Store
 
 
+LOWER_IS_BETTER = ("perplexity",)  # of the metrics by which tasks are decided
+
+
 def tries(cell: Cell) -> list[list[str]]:
     """The overrides of each try: the product of the lists under `search` in the cell's recipe."""
     spec = cell.spec(0)
@@ -31,7 +34,7 @@ def search_table(specs: list[RunSpec], store: Store) -> pd.DataFrame:
 
     The score is the task's metric, averaged over the run's evaluations, so that learning earlier counts; a try
     that diverged has none. Of equal scores the lower rate is taken. `edge` marks a best rate or
-    alpha at an end of the grid.
+    alpha at an end of the grid. `also_trained_lr_factor` is shown where any try has one.
     """
     rows = []
     for spec in specs:
@@ -50,11 +53,13 @@ def search_table(specs: list[RunSpec], store: Store) -> pd.DataFrame:
                 "alpha": alpha,
                 "seed": spec.seed,
             }
+            | ({"also_trained_lr_factor": spec.training.also_trained_lr_factor} if spec.training.also_trained else {})
             | {"score": score, **steps, "record": spec.id}
         )
     table = pd.DataFrame(rows).astype({"r": "Int64", "alpha": "Int64"})
     cell = table.groupby(["method", "r"], dropna=False)
-    order = table.sort_values(["score", "lr"], ascending=[False, True])
+    lower = specs[0].task["metric"] in LOWER_IS_BETTER
+    order = table.sort_values(["score", "lr"], ascending=[lower, True])
     table["best"] = table.index.isin(order.groupby(["method", "r"], dropna=False).head(1).index)
     ends = [table[key] == cell[key].transform(end) for key in ("lr", "alpha") for end in ("min", "max")]
     table["edge"] = table["best"] & pd.concat(ends, axis=1).fillna(False).any(axis=1)
