@@ -88,6 +88,15 @@ class Corpus:
             return _kept([dict(self.hub.get("train", {})), split, sorted(columns), limit, key, one_in], chosen)
         return chosen()
 
+    def has(self, split: Split) -> bool:
+        """Whether the corpus has a set of its own for a split."""
+        root = Path(self.data)
+        if self.data == "hub":
+            return split in self.hub
+        if not root.is_dir():
+            return split == "train"
+        return (root / split).is_dir() or any((root / f"{split}{suffix}").is_file() for suffix in SUFFIXES)
+
     def _rows(self, split: Split, columns: Mapping[str, type], limit: int | None) -> Iterator[Row | None]:
         if self.data == "hub":
             source, read = self._of_hub(split, columns)

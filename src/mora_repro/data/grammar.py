@@ -1,6 +1,7 @@
 """Text of a probabilistic grammar: an invented language, English in its function words alone.
 
-    EXAMPLE
+    a misi nekat a sali funu denu so a bopo gosi that kuzet with Ruba a logo sebe samat a nemi zova . the gosi
+    that komat a nire miga komat with Ruba the miga . the nivi migas lame some febo toras but the migas bari a gipa .
 
 What there is to learn, from little to much: the words and their order; the number of subject and verb, also across a
 relative clause; what a document is about, and what it has named before; and by far the most, which adjectives go with

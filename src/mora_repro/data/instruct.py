@@ -52,7 +52,6 @@ class Instruct(Task):
     data set). `template` is Tulu's chat format, or that of the model's tokenizer.
     """
 
-    data: str
     hub: dict[str, dict[str, str | None]]
     columns: dict[str, str]
     on_bad_row: Literal["stop", "skip"]

@@ -113,7 +113,7 @@ def _made(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, folder:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with _Line(task) as line:
-        parts = tokeniser.all(task.samples())
+        parts = _up_to(task.max_tokens, tokeniser.all(task.samples()))
         block = max_length if task.packed else None
         index = shards.write(partial, parts, block, dtype, tokenizer.pad_token_id, line.advance)
     if not index.samples:
@@ -130,6 +130,16 @@ def _made(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, folder:
     partial.rename(folder)
     say(f"prepared {line.note()}: {folder}")
     return index
+
+
+def _up_to(tokens: int | None, parts: Iterator[Tokens]) -> Iterator[Tokens]:
+    """The parts until there are so many tokens, the last one whole; None: all."""
+    total = 0
+    for part in parts:
+        yield part
+        total += len(part.ids)
+        if tokens is not None and total >= tokens:
+            return
 
 
 class _Line:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import hydra.utils
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
@@ -45,7 +45,7 @@ class Task(BaseModel):
     """A task; its fields are the keys of conf/task/<name>.yaml. `metric` is the score that decides.
 
     `data` is generated, or a corpus: hub, a folder or a file. Samples of a corpus that have a text of a benchmark are
-    left out, or kept and counted, as `overlapping` says. A `packed` task's samples are documents, put one after the
+    left out, or kept and counted, as `overlapping` says; it is read up to about `max_tokens` (None: all). A `packed` task's samples are documents, put one after the
     other into blocks of the maximal length; else each sample is padded. `mean_of` are the metrics whose mean is a
     metric `mean`.
     """
@@ -58,19 +58,18 @@ class Task(BaseModel):
     seed: NonNegativeInt
     data: str = "generated"
     overlapping: Literal["drop", "keep"] = "drop"
+    max_tokens: PositiveInt | None = None
 
     packed: ClassVar[bool] = False
     mean_of: ClassVar[tuple[str, ...]] = ()
 
-<<<<<<< HEAD
     @property
     def from_corpus(self) -> bool:
         return self.data != "generated"
-=======
+
     def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
         """The task for a model's tokenizer; it differs where a task takes the tokenizer's chat template."""
         return self
->>>>>>> 403940b (Instruction tuning: conversations in Tulu's format or the tokenizer's template, and a generated world of instructions)
 
     @abstractmethod
     def samples(self) -> Iterable[Sample]:
