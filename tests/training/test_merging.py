@@ -185,7 +185,7 @@ def test_a_whole_model_that_is_saved_is_the_one_that_was_trained(tmp_path, metho
 def test_lora_plus_has_its_own_rate_for_b_and_adapters_are_apart():
     run, model = made("method=lora_plus", "r=2", "+method.peft.modules_to_save=[lm_head]")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, run.method, 1e-3, 0.1, [])
+    groups = parameter_groups(model, run.method, 1e-3, run.training, [])
     assert groups[0]["lr"] == 1e-3
     rates = {}
     for group in groups:
@@ -201,11 +201,11 @@ def test_lora_plus_rates_are_those_of_peft():
     run, model = made("method=lora_plus", "r=2")
     theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4)
     expected = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"]}
-    ours = {id(p): g["lr"] for g in parameter_groups(model, run.method, 1e-3, 0.0, []) for p in g["params"]}
+    ours = {id(p): g["lr"] for g in parameter_groups(model, run.method, 1e-3, run.training, []) for p in g["params"]}
     assert ours == expected
 
 
 def test_a_rate_factor_for_a_name_that_is_not_there_is_a_user_error():
     run, model = made("method=lora", "r=2", "+method.lr_factors={lora_C: 2}")
     with pytest.raises(UserError, match=r"'lora_C'.*lora_A, lora_B"):
-        parameter_groups(model, run.method, 1e-3, 0.0, [])
+        parameter_groups(model, run.method, 1e-3, run.training, [])

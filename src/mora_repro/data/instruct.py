@@ -6,7 +6,7 @@ the parts that the loss is on between arrows:
     <|system|>
     Answer shortly.
     <|user|>
-    Which river does Bado lie on?
+    Name the river of Bado.
     <|assistant|>
     >>Temu</s><<
     <|user|>
@@ -16,8 +16,8 @@ the parts that the loss is on between arrows:
 
 At scale paper, the Tulu v2 mixture (Ivison et al. 2023) is trained on, and MMLU (Hendrycks et al. 2021) is asked, with
 no and with five examples. In the generated world, `choices` is the share of instructions, in per cent, whose right
-answer is the likeliest of four, about what no instruction was about that is trained on; chance is 25. The base has been told
-the whole world in plain text, and has seen no conversation.
+answer is the likeliest of four; they are about other things than those that are trained on, and chance is 25. The base
+has been told the whole world in plain text, and has seen no conversation.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ VOCABULARY_TEXTS = 2000
 
 
 class Instruct(Task):
-    """`data` is generated, hub, or a local file or folder (mora_repro/data/files.py) with `messages` in each row, a list
-    of {role, content}.
+    """`data` is generated, hub, or a local file or folder (mora_repro/data/files.py) with `messages` in each row, a
+    list of {role, content}.
 
     `train_limit` and `test_limit` are numbers of conversations and of generated instructions (None: all there are, of a
     data set). `template` is Tulu's chat format, or that of the model's tokenizer.
@@ -103,7 +103,7 @@ class Instruct(Task):
         """The prompt that asks an instruction."""
         turn = {"role": "user", "content": instruction}
         if self._tokenizer is None:
-            return "".join(segment.text for segment in tulu([turn])) + "<|assistant|>\n"
+            return tulu([turn, {"role": "assistant", "content": ""}])[0].text
         return _rendered(self._tokenizer, [turn], asking=True)
 
 
@@ -114,12 +114,10 @@ class InstructBase(Instruct):
         return ((Segment(text, trained=True, ends=True),) for text in texts(self.seed, self.train_limit or 3200))
 
     def benchmarks(self, settings: Eval) -> Sequence[Benchmark]:
-        return [
-            multiple_choice(self.seed, settings, self.test_limit, lambda dice, item: f"{dice.choice(item.told)} ")
-        ]
+        return [multiple_choice(self.seed, settings, self.test_limit, lambda dice, item: f"{dice.choice(item.told)} ")]
 
 
-def conversations(seed: int, count: int) -> Iterable[list[Message]]:
+def conversations(seed: int, count: int) -> Iterable[Sequence[Message]]:
     """`count` conversations of one to three instructions, some of them after a system turn; a function of the seed."""
     dice = random.Random(f"instruct conversations {seed}")
     items = part_of(seed, "train")
@@ -169,17 +167,17 @@ def refuse_malformed(row: Row) -> None:
 
 
 def tulu(messages: Sequence[Message]) -> Sample:
-    """A conversation in Tulu's format; the end token follows each of the assistant's turns."""
+    """A conversation in Tulu's format; the end token follows each of the assistant's turns, and nothing the last."""
     segments: list[Segment] = []
     before = ""
     for message in messages:
-        before += f"<|{message['role']}|>\n"
+        content = message["content"].strip()
         if message["role"] == "assistant":
-            segments += [Segment(before, trained=False), Segment(message["content"].strip(), trained=True, ends=True)]
+            segments += [Segment(f"{before}<|assistant|>\n", trained=False), Segment(content, trained=True, ends=True)]
             before = "\n"
         else:
-            before += f"{message['content'].strip()}\n"
-    return tuple(segments) if segments else (Segment(before, trained=False),)
+            before += f"<|{message['role']}|>\n{content}\n"
+    return tuple(segments)
 
 
 def by_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Sample:
@@ -195,8 +193,8 @@ def by_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
         before, after = _rendered(tokenizer, messages[:index], asking=True), _rendered(tokenizer, messages[: index + 1])
         if not before.startswith(done) or not after.startswith(before):
             raise UserError(
-                f"the chat template of {tokenizer.name_or_path} changes earlier turns when one is added, so that it can't "
-                f"be told what the assistant says. Take Tulu's: task.template=tulu"
+                f"the chat template of {tokenizer.name_or_path} changes earlier turns when one is added, so that it "
+                f"can't be told what the assistant says. Take Tulu's: task.template=tulu"
             )
         segments += [Segment(before[len(done) :], trained=False), Segment(after[len(before) :], trained=True)]
         done = after

@@ -1,9 +1,9 @@
-"""The generated world of instructions: what is known of invented towns, sums and differences.
+"""The generated world of instructions: what is known of invented towns, and sums.
 
 Each item can be told, in plain text, and asked, as an instruction; its answer can be verified:
 
-    told    The river of Bado is Temu.        asked   Which river does Bado lie on?   ->  Temu
-    told    Together 3 and 9 make 12.         asked   Tell me 3 plus 9.               ->  12
+    told    The river of Bado is Temu.        asked   Name the river of Bado.  ->  Temu
+    told    Together 3 and 9 make 12.         asked   Tell me 3 plus 9.        ->  12
 
 The world is the same for every seed, so that a base can have learned it; a seed decides what of it the instructions
 are about that are trained on, and what those are about that are asked.
@@ -19,30 +19,26 @@ Part = Literal["train", "validation", "test"]
 
 TOWNS = 60
 VALUES = 12  # of a relation
-LARGEST = 11  # number in a sum or a difference
+LARGEST = 9  # number in a sum
 OPTIONS = 4
 
 # By kind: how it is told up to the answer, and how it is asked.
 FORMS = {
     "river": (
-        ["The river of {} is", "{} lies on the river", "What is the river of {}? It is"],
-        ["Which river does {} lie on?", "Name the river of {}.", "Tell me the river of {}."],
+        ["The river of {} is", "{} lies on the river", "By {} flows the river"],
+        ["What is the river of {}?", "Name the river of {}.", "Tell me the river of {}."],
     ),
     "dish": (
-        ["The dish of {} is", "In {} people eat", "What is the dish of {}? It is"],
-        ["What do people eat in {}?", "Name the dish of {}.", "Tell me the dish of {}."],
+        ["The dish of {} is", "In {} people eat", "At {} the cooks make"],
+        ["What is the dish of {}?", "Name the dish of {}.", "Tell me the dish of {}."],
     ),
     "craft": (
-        ["The craft of {} is", "In {} people make", "What is the craft of {}? It is"],
-        ["What do people make in {}?", "Name the craft of {}.", "Tell me the craft of {}."],
+        ["The craft of {} is", "In {} people build", "From {} the traders bring"],
+        ["What is the craft of {}?", "Name the craft of {}.", "Tell me the craft of {}."],
     ),
     "sum": (
-        ["{} plus {} is", "Together {} and {} make", "What is {} plus {}? It is"],
-        ["What is {} plus {}?", "What do {} and {} make?", "Tell me {} plus {}."],
-    ),
-    "difference": (
-        ["{} less {} is", "From {} take {}, and there is", "What is {} less {}? It is"],
-        ["What is {} less {}?", "How much is {} less {}?", "Tell me {} less {}."],
+        ["{} plus {} is", "Together {} and {} make"],
+        ["What is {} plus {}?", "Add {} and {}.", "Tell me {} plus {}."],
     ),
 }
 
@@ -78,9 +74,8 @@ def world() -> list[Item]:
             items.append(_item(kind, town, [town], answer, values))
     for one in range(LARGEST + 1):
         for two in range(LARGEST + 1):
-            for kind, answer in [("sum", one + two)] + [("difference", one - two)] * (one >= two):
-                near = [str(answer + off) for off in range(-3, 4) if answer + off >= 0]
-                items.append(_item(kind, f"{kind} {one} {two}", [str(one), str(two)], str(answer), near))
+            near = [str(one + two + off) for off in range(-3, 4) if one + two + off >= 0]
+            items.append(_item("sum", f"{one} plus {two}", [str(one), str(two)], str(one + two), near))
     return items
 
 

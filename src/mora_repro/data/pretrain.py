@@ -21,7 +21,7 @@ from pydantic import PositiveInt
 
 from ..spec.run_spec import Eval
 from .benchmarks import Benchmark, HeldOut
-from .files import SUFFIXES, Corpus, Split
+from .files import SUFFIXES, Corpus, Row, Split
 from .grammar import documents
 from .task import Sample, Task, document
 
@@ -79,10 +79,14 @@ class Pretrain(Task):
         whole = corpus.has("validation") and corpus.has("test") if split == "train" else corpus.has(split)
         if whole:
             return self._rows(corpus, split, limit)
-        return (row and row["text"] for row in corpus.held_out(split, COLUMNS, key="text", limit=limit))
+        return map(_text, corpus.held_out(split, COLUMNS, key="text", limit=limit))
 
     def _rows(self, corpus: Corpus, split: Split, limit: int | None) -> Iterator[str | None]:
-        return (row and row["text"] for row in corpus.rows(split, COLUMNS, limit))
+        return map(_text, corpus.rows(split, COLUMNS, limit))
 
     def _corpus(self, data: str) -> Corpus:
         return Corpus(data, self.hub, self.columns, self.on_bad_row)
+
+
+def _text(row: Row | None) -> str | None:
+    return None if row is None else str(row["text"])

@@ -45,9 +45,9 @@ class Task(BaseModel):
     """A task; its fields are the keys of conf/task/<name>.yaml. `metric` is the score that decides.
 
     `data` is generated, or a corpus: hub, a folder or a file. Samples of a corpus that have a text of a benchmark are
-    left out, or kept and counted, as `overlapping` says; it is read up to about `max_tokens` (None: all). A `packed` task's samples are documents, put one after the
-    other into blocks of the maximal length; else each sample is padded. `mean_of` are the metrics whose mean is a
-    metric `mean`.
+    left out, or kept and counted, as `overlapping` says; it is read up to about `max_tokens` (None: all). A `packed`
+    task's samples are documents, put one after the other into blocks of the maximal length; else each sample is padded.
+    `mean_of` are the metrics whose mean is a metric `mean`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

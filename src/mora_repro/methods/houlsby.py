@@ -37,6 +37,9 @@ class HoulsbyConfig(PeftConfig):
         },
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train whole, and to save with the adapters."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -73,13 +73,11 @@ def _config(model: PreTrainedModel, spec: RunSpec, steps: int | None) -> PeftCon
         raise _refused(spec, error.__cause__ or error) from error
     if not isinstance(config, PeftConfig):
         raise UserError(f"method.peft._target_={arguments['_target_']} is no PEFT config class.")
-    if also := spec.training.also_trained:
-        if not hasattr(config, "modules_to_save"):
-            raise UserError(
-                f"method={spec.method.name} can train nothing beside itself, and task={spec.task['name']} asks for "
-                f"{', '.join(also)} (training.also_trained). Choose a method that can, such as method=lora"
-            )
-        config.modules_to_save = sorted({*(config.modules_to_save or ()), *also})
+    if (
+        also := spec.training.also_trained
+    ):  # a field of every config of PEFT's methods, though not of their common class
+        beside = cast(Any, config)
+        beside.modules_to_save = sorted({*(beside.modules_to_save or ()), *also})
     return config
 
 

@@ -14,7 +14,6 @@ from ..spec.compose import find_row
 from ..spec.table import Cell
 from .records import Store
 
-
 LOWER_IS_BETTER = ("perplexity",)  # of the metrics by which tasks are decided
 
 

@@ -164,7 +164,7 @@ def with_model(overrides: list[str]) -> list[str]:
     A default of Hydra's can depend on the scale or on the task, and this one depends on both.
     """
     chosen = dict(text.split("=", 1) for text in overrides if "=" in text)
-    scale, task = chosen.get("scale", "mini"), chosen.get("task")
+    scale, task = chosen.get("scale", "mini"), chosen.get("task", "uuid")
     if "model" in chosen or scale not in options("scale"):
         return overrides
     named = recipes(scale).get(task, {}).get("model")
