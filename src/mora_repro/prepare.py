@@ -41,9 +41,9 @@ def main(config: DictConfig) -> int:
         raise UserError(describe(error, "scripts/prepare.py")) from error
     spec = RunSpec.from_config(config)
     store = Store(config.out)
-    task = build_task(spec)
     download(spec)
     tokenizer = load_tokenizer(spec)
+    task = build_task(spec).for_tokenizer(tokenizer)
     benchmarks = task.benchmarks(spec.eval)
     with store.explained():
         data = prepare(spec, task, tokenizer, store.out)
