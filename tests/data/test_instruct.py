@@ -170,7 +170,7 @@ def rows_of(settings: Eval, *overrides: str) -> list[dict]:
 def test_the_options_are_distinct_and_the_gold_one_is_the_answer():
     answers = {form: item.answer for item in world() for form in item.asked}
     rows = rows_of(Eval())
-    assert len({row["input"] for row in rows}) == len(rows) == 300
+    assert len({row["input"] for row in rows}) == len(rows) == 200
     for row in rows:
         assert len(set(row["options"])) == OPTIONS
         assert row["options"][row["gold_index"]] == answers[row["input"].split("\n")[1]]

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 Part = Literal["train", "validation", "test"]
 
-TOWNS = 100
+TOWNS = 60
 VALUES = 12  # of a relation
 LARGEST = 9  # number in a sum
 OPTIONS = 4
