@@ -49,6 +49,7 @@ format: $(VENV)/installed ## let ruff mend what it can
 search: $(VENV)/installed ## the search for the mini recipes' rates (an hour)
 	@$(BIN)/python scripts/sweep.py 'table=[2,figure2]' scale=mini search=true
 	@$(BIN)/python scripts/sweep.py table=gsm8k scale=mini search=true
+	@$(BIN)/python scripts/sweep.py table=biomed scale=mini search=true
 
 table2: $(VENV)/installed ## Table 2 and Figures 2 and 3 at scale mini, three seeds
 	@$(BIN)/python scripts/sweep.py 'table=[2,figure2]' scale=mini seeds=3

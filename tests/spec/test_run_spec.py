@@ -22,7 +22,7 @@ def spec(*overrides: str) -> RunSpec:
 
 
 @pytest.mark.parametrize("scale", options("scale"))
-@pytest.mark.parametrize("task", ["uuid", "gsm8k"])
+@pytest.mark.parametrize("task", ["uuid", "gsm8k", "biomed", "finance"])
 @pytest.mark.parametrize("method", options("method"))
 def test_every_method_composes_with_every_task_at_every_scale(scale, task, method):
     needed = {"peft": ["method.peft._target_=peft.IA3Config"], "adalora": ["trainer=ddp"]}.get(method, [])
@@ -38,9 +38,17 @@ def test_every_model_composes(model):
 
 
 @pytest.mark.skipif(not SHARED_RECIPES.exists(), reason="the paper's recipes are not beside this checkout")
-@pytest.mark.parametrize("task", ["uuid", "gsm8k"])
-def test_paper_recipes_are_those_of_the_paper(task):
-    paper = yaml.safe_load(SHARED_RECIPES.read_text())[task]
+@pytest.mark.parametrize(
+    ("task", "named"),
+    [
+        ("uuid", "uuid"),
+        ("gsm8k", "gsm8k"),
+        ("biomed", "continual_pretraining"),
+        ("finance", "continual_pretraining"),
+    ],
+)
+def test_paper_recipes_are_those_of_the_paper(task, named):
+    paper = yaml.safe_load(SHARED_RECIPES.read_text())[named]
     for row in paper["rows"]:
         method = row["method"].removesuffix("_like")
         for r in row.get("r") if isinstance(row.get("r"), list) else [row.get("r")]:

@@ -55,7 +55,7 @@ def fingerprint(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -
     fast = tokenizer.is_fast
     parts: dict[str, Any] = {
         "task": {key: value for key, value in spec.task.items() if key not in ("title", "metric")},
-        "data": spec.content.get("task.data"),
+        "data": {key: content for key, content in spec.content.items() if key.startswith("task.")},
         "tokenizer": [
             type(tokenizer).__name__,
             tokenizer.backend_tokenizer.to_str() if fast else tokenizer.get_vocab(),

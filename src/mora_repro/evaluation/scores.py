@@ -27,14 +27,17 @@ def of_points(points: Sequence[dict[str, tuple[float, float]]]) -> Scores:
 
 
 def together(scores: Iterable[Scores], mean_of: Sequence[str] = ()) -> Scores:
-    """The scores of several benchmarks as one; `mean` is that of the metrics `mean_of`, taken as independent."""
+    """The scores of several benchmarks as one.
+
+    `mean` is that of the metrics `mean_of`, taken as independent, where all of them were measured.
+    """
     whole = Scores({})
     for part in scores:
         whole.metrics.update(part.metrics)
         whole.stderr.update(part.stderr)
         whole.counts.update(part.counts)
         whole.samples.extend(part.samples)
-    if mean_of:
+    if mean_of and whole.metrics.keys() >= set(mean_of):
         whole.metrics["mean"] = statistics.fmean(whole.metrics[name] for name in mean_of)
         if all(name in whole.stderr for name in mean_of):
             whole.stderr["mean"] = math.hypot(*(whole.stderr[name] for name in mean_of)) / len(mean_of)

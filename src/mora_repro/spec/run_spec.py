@@ -314,7 +314,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _contents(values: dict[str, Any]) -> dict[str, str]:
     """sha256 of the local files and folders that a configuration names, so that another content is another run."""
-    named = {"task.data": values["task"].get("data")}
+    named = {f"task.{key}": values["task"].get(key) for key in ("data", "general")}
     named |= {f"model.{key}": values["model"].get(key) for key in ("pretrained", "tokenizer")}
     named |= {f"eval.data.{name}": path for name, path in values["eval"]["data"].items()}
     return {key: _sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
