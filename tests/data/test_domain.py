@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ROOT, TINY
 
-from mora_repro.data.benchmarks import HeldOut
+from mora_repro.data.benchmarks import HeldOut, Scores
 from mora_repro.data.domain import ASKED, CHOICES, Domain, documents, mixed, score
 from mora_repro.data.instruct import tulu
 from mora_repro.data.task import build_task, document
 from mora_repro.errors import UserError
+from mora_repro.evaluation.scores import together
 from mora_repro.methods import load_tokenizer
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.spec.run_spec import Eval
@@ -250,6 +251,15 @@ def test_at_scale_paper_the_papers_columns_are_measured(corpus, name, split, col
     made = task(name, "scale=paper", *corpus)
     assert [one.name for one in made.benchmarks(Eval(split=split))] == [*columns, "perplexity"]
     assert made.metric == "mean" and list(made.mean_of) == columns
+
+
+@BOTH
+def test_the_mean_is_that_of_all_the_papers_columns_or_not_there(name):
+    columns = task(name).mean_of
+    parts = [Scores({column: float(number)}) for number, column in enumerate(columns)]
+    assert together(parts, columns).metrics["mean"] == (len(columns) - 1) / 2
+    assert "mean" not in together(parts[1:], columns).metrics
+    assert "mean" not in together([Scores({"new_facts": 50.0})], columns).metrics
 
 
 @pytest.mark.skipif(not WIKITEXT.is_dir(), reason="WikiText is not beside this checkout")
