@@ -25,6 +25,7 @@ from mora_repro.data.shards import TrainingSet, blocks_of
 from mora_repro.data.task import IGNORED, Segment, build_task, document, pair
 from mora_repro.data.tokens import Tokeniser, tokenise
 from mora_repro.errors import UserError
+from mora_repro.methods.base import byte_pairs
 from mora_repro.prepare import as_text
 from mora_repro.spec import RunSpec, compose_config
 
@@ -196,9 +197,10 @@ def test_processes_give_what_one_gives(monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def preparing(folder: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "scripts/prepare.py", *corpus(folder, documents(150_000)), *overrides]
-    command += ["+task.one_in=20000", f"out={folder / 'out'}"]
+def preparing(folder: Path) -> subprocess.Popen:
+    byte_pairs(documents(100), 300).save_pretrained(folder / "tokenizer")
+    command = [sys.executable, "scripts/prepare.py", *corpus(folder, documents(130_000))]
+    command += [f"model.tokenizer={folder / 'tokenizer'}", "+task.one_in=20000", f"out={folder / 'out'}"]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
