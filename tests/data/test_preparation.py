@@ -238,6 +238,7 @@ def test_two_commands_at_once_prepare_once(tmp_path):
     assert len(list(tmp_path.glob("out/data/*/index.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_sample_longer_than_the_models_positions_is_an_error_before_all_training(command, tmp_path):
     arguments = ["train.py", "method=lora", *TINY, "model.architecture.max_position_embeddings=50"]
     done = command(*arguments, f"out={tmp_path}", check=False)
