@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,11 @@ def _made(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, folder:
     left_out = None
     unchecked: list[str] = []
     if task.from_corpus:
-        measured = [spec.eval.model_copy(update={"split": split}) for split in ("test", "validation")]
-        left_out, unchecked = ngrams_of(one for settings in measured for one in task.benchmarks(settings))
+        benchmarks = list(task.benchmarks(spec.eval))
+        other = "test" if spec.eval.split == "validation" else "validation"
+        with suppress(UserError):  # where there is no such set, nothing of it can be trained on
+            benchmarks += task.benchmarks(spec.eval.model_copy(update={"split": other}))
+        left_out, unchecked = ngrams_of(benchmarks)
     length = None if task.packed else max_length
     tokeniser = Tokeniser(tokenizer, length, left_out, keep_overlap=task.overlapping == "keep")
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32

@@ -1,0 +1,74 @@
+"""Examples of about the same length in a step: the same order in every process and after a resume."""
+
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+from outcome import assert_same_run, only_record
+from processes import wait_for_checkpoint
+from tiny import ROOT, TINY
+
+from mora_repro.spec import RunSpec, compose_config
+from mora_repro.training.train import GroupedByLength
+
+# Samples of several lengths, three epochs of them.
+GROUPED = [
+    *(override for override in TINY if not override.startswith("task")),
+    "task=gsm8k",
+    "task.train_limit=44",
+    "task.test_limit=2",
+    "training.group_by_length=true",
+    "training.steps=30",
+    "training.evaluate_at=[6]",
+]
+
+
+def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
+    dice = random.Random(0)
+    lengths = [dice.randint(1, 500) for _ in range(1000)]
+    sampler = GroupedByLength(10, lengths, seed=3)
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(1000))
+        steps = [[lengths[index] for index in orders[-1][start : start + 10]] for start in range(10, 1000, 10)]
+        padding = sum(max(step) * len(step) - sum(step) for step in steps)
+        assert padding < 0.1 * sum(lengths)  # in a random order it is nine tenths
+    assert orders[0] != orders[1]
+    again = GroupedByLength(10, lengths, seed=3)
+    again.set_epoch(1)
+    assert list(again) == orders[1] != list(GroupedByLength(10, lengths, seed=4))
+
+
+def train(out, trainer: str) -> subprocess.Popen:
+    how = [f"trainer={trainer}", f"trainer.processes={1 if trainer == 'plain' else 2}"]
+    arguments = [sys.executable, "train.py", "method=lora", *GROUPED, *how, f"out={out}"]
+    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_bit_and_two_processes_have_the_same_batches(tmp_path):
+    for trainer in ("plain", "ddp"):
+        whole, cut = tmp_path / trainer, tmp_path / f"{trainer}-cut"
+        said = (process := train(whole, trainer)).communicate()[1]
+        assert process.returncode == 0, said
+        process = train(cut, trainer)
+        wait_for_checkpoint(cut, "checkpoint-16")  # in the second epoch
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        assert process.returncode == 130 and only_record(cut).status == "interrupted"
+        said = (process := train(cut, trainer)).communicate()[1]
+        assert process.returncode == 0 and "going on from step" in said
+        assert_same_run(whole, cut)
+    plain, ddp = only_record(tmp_path / "plain"), only_record(tmp_path / "ddp")
+    assert ddp.curve.loss == pytest.approx(plain.curve.loss, abs=5e-6)
+
+
+def test_it_is_part_of_a_runs_identity_where_it_is_asked_for():
+    ids = {
+        RunSpec.from_config(compose_config([*TINY, f"training.group_by_length={on}"])).id for on in ("true", "false")
+    }
+    assert len(ids) == 2 and RunSpec.from_config(compose_config(TINY)).id in ids
