@@ -7,8 +7,11 @@ import pandas as pd
 import pytest
 from tiny import ROOT
 
+from mora_repro.data.benchmarks import Harness, known
+from mora_repro.data.overlap import ngrams_of, overlaps
 from mora_repro.data.sources import SOURCES, rows_of
 from mora_repro.errors import UserError
+from mora_repro.spec.run_spec import Eval
 
 PUBMEDQA = {"question": "q?", "context": {"contexts": ["a", "b"], "labels": []}, "final_decision": "yes", "pubid": 1}
 GSM8K = {"question": "How many?", "answer": "#### 3"}
@@ -79,3 +82,12 @@ def test_real_pubmedqa_is_read(capsys):
     assert len(test) + len(validation) == len(REAL.read_text().splitlines()) and len(validation) > 20
     assert {row["final_decision"] for row in test} == {"yes", "no", "maybe"}
     assert f"{len(test)} of " in capsys.readouterr().err
+
+
+def test_the_texts_of_a_benchmarks_files_are_looked_for_in_training_data(tmp_path):
+    text = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    row = {"input": f"Which part? {text} or so", "options": ["a", "b"], "gold_index": 0}
+    rows = [row | {"gold_index": number} for number in range(30)]
+    data = {"rct": write(tmp_path / "rct.jsonl", rows)}
+    grams, unknown = ngrams_of([*known("rct", Eval(data=data)), Harness("arc_easy", "arc_easy")])
+    assert overlaps(f"It says: {text.upper()}!", grams) and not overlaps(text[4:], grams) and unknown == ["arc_easy"]
