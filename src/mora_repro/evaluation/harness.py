@@ -37,7 +37,8 @@ OURS = Path(__file__).parent / "tasks"
 BUILT_IN = Path(lm_eval.tasks.__file__).parent
 # Where the tasks of the paper's columns are; all of lm-eval's take seconds to look through.
 NEEDED = [OURS, *(BUILT_IN / folder for folder in ("mmlu/default", "pubmedqa", "medqa"))]
-BATCH = 64
+BATCH = 64  # prompts at a time, at most
+LOGITS = 1 << 28  # of a batch, at most: a GB in fp32, which lm-eval holds twice
 
 # The form of the rows of a benchmark that a task generates: that of the AdaptLLM sets.
 CHOICE: dict[str, Any] = {
@@ -249,9 +250,13 @@ class InMemory(HFLM):
                 )
             if request and len(context) + len(continuation) > self.max_length + 1:
                 self.cut.add(request[0])
+        longest = min(max(len(context) + len(continuation) for _, context, continuation in requests), self.max_length)
+        longest = max(distributed.gather(longest)) if self.shared else longest
+        vocabulary = self.config.get_text_config().vocab_size
+        self.batch_size_per_gpu = max(1, min(BATCH, LOGITS // (longest * vocabulary)))
         # What differs in the last token alone is one row of a forward pass.
         passes = len({tuple(context + continuation[:-1]) for _, context, continuation in requests})
-        batches = math.ceil(passes / BATCH)
+        batches = math.ceil(passes / self.batch_size_per_gpu)
         with self._progress(passes):
             likelihoods = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
             most = max(distributed.gather(batches)) if self.shared else batches
