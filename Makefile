@@ -8,7 +8,7 @@ export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format search table2 report methods clean distclean
+.PHONY: help setup demo test test-fast lint format search table2 report methods docs clean distclean
 
 help: ## this list
 	@echo "Targets (they set up $(VENV) first where it is missing):"
@@ -60,6 +60,9 @@ report: $(VENV)/installed ## tables and figures from the records in results/
 
 methods: $(VENV)/installed ## all methods with their parameters on LLaMA-2 7B (results/methods.csv)
 	@$(BIN)/python scripts/methods.py
+
+docs: $(VENV)/installed ## docs/benchmarks.md: what each benchmark asks
+	@$(BIN)/python scripts/benchmarks.py
 
 clean: ## remove working files and the demo's output; records, tables and the environment stay
 	rm -rf results/demo results/data results/work .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -50,8 +50,8 @@ def main(config: DictConfig) -> int:
     transformers_logging.disable_progress_bar()
     wanted = script_config(Export, config, "export")
     store = Store(wanted.out)
-    record = _record(wanted.run, store)
-    weights = _weights(record, store)
+    record = finished_record(wanted.run, store)
+    weights = weights_of(record, store)
     to = Path(wanted.to) if wanted.to else store.out / "export" / record.id
     if to.exists():
         raise UserError(f"to={to} is there already. Choose another folder, to=<folder>, or remove it: rm -r {to}")
@@ -92,7 +92,7 @@ def export(record: Record, store: Store, weights: Path, merge: bool, folder: Pat
     return what
 
 
-def _record(run: str, store: Store) -> Record:
+def finished_record(run: str, store: Store) -> Record:
     record = store.load(run)
     if record is None:
         known = [path.stem for path in (store.out / "runs").glob("*.json")]
@@ -105,7 +105,7 @@ def _record(run: str, store: Store) -> Record:
     return record
 
 
-def _weights(record: Record, store: Store) -> Path:
+def weights_of(record: Record, store: Store) -> Path:
     """Where the weights lie; work/ is not kept with the records."""
     folder = store.work(record.id) / "model"
     if not folder.exists():
@@ -141,12 +141,12 @@ def _write_base(record: Record, store: Store, folder: Path) -> None:
             f"{record.id} adapts the weights of {spec.model.base_id}, and {store.out / 'runs'} has no record of that. "
             f"Make both again: {_command(record, store)} rerun=true"
         )
-    shutil.copytree(_weights(base, store), folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    shutil.copytree(weights_of(base, store), folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
 
 
 def _merged(spec: RunSpec, adapter: Path, base: str) -> PreTrainedModel:
     """The base with the adapter merged into its weights, in the dtype in which it is stored."""
-    if module := _registers(spec):
+    if module := registering_module(spec):
         importlib.import_module(module)
     alone = f"Export the adapter as it is: merge=false (method={spec.method.name})"
     try:
@@ -165,7 +165,7 @@ def _merged(spec: RunSpec, adapter: Path, base: str) -> PreTrainedModel:
         raise UserError(f"{spec.name} can't be merged: {error} {alone}") from error
 
 
-def _registers(spec: RunSpec) -> str | None:
+def registering_module(spec: RunSpec) -> str | None:
     """The module whose import tells PEFT of the method; None for PEFT's own."""
     module = str((spec.method.peft or {}).get("_target_", "peft")).rpartition(".")[0]
     return None if module.split(".")[0] in ("peft", "") else module
@@ -189,7 +189,7 @@ def _readme(record: Record, what: str, adapter: bool) -> str:
         base = str(Path(base).resolve())
     revision = f", revision={spec.model.revision!r}" if base and spec.model.revision else ""
     code = []
-    if adapter and (module := _registers(spec)):
+    if adapter and (module := registering_module(spec)):
         code += [f"import {module}  # before the adapter is loaded: it registers the method in PEFT", ""]
     code += [
         *(["from peft import PeftModel"] if adapter else []),
@@ -212,7 +212,7 @@ def _readme(record: Record, what: str, adapter: bool) -> str:
         f"- made by: `{record.command}`",
         "",
         "In this folder, where `pip install .` in a checkout of mora-repro has installed what is imported:"
-        if adapter and _registers(spec)
+        if adapter and registering_module(spec)
         else "In this folder:",
         "",
         "```python",

@@ -15,6 +15,7 @@ from .data.task import IGNORED, build_task
 from .data.tokens import Example, processes
 from .distributed import say
 from .errors import UserError
+from .evaluation import fetch
 from .methods import download, load_tokenizer, refuse_too_long
 from .results.records import Store
 from .spec import RunSpec
@@ -45,6 +46,7 @@ def main(config: DictConfig) -> int:
     tokenizer = load_tokenizer(spec)
     task = build_task(spec).for_tokenizer(tokenizer)
     benchmarks = task.benchmarks(spec.eval)
+    fetch(benchmarks)
     with store.explained():
         data = prepare(spec, task, tokenizer, store.out)
     refuse_too_long(spec, tokenizer, max(data.lengths))

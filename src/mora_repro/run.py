@@ -31,7 +31,7 @@ from .distributed import (
     size,
 )
 from .errors import Diverged, UserError
-from .evaluation import ENOUGH, evaluate, refuse_no_room
+from .evaluation import ENOUGH, evaluate, fetch, refuse_no_room
 from .machine import refuse_full_disk, what_takes_less_memory
 from .methods import (
     apply_method,
@@ -121,6 +121,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         tokenizer = load_tokenizer(spec)
         task = build_task(spec).for_tokenizer(tokenizer)
         benchmarks = task.benchmarks(spec.eval)  # an error of their files comes before all work
+        fetch(benchmarks)
         data = prepare(spec, task, tokenizer, store.out)
         refuse_too_long(spec, tokenizer, max(data.lengths))
         for notice in task.notices():

@@ -2,14 +2,15 @@
 
 import json
 import re
-from decimal import Decimal
+from fractions import Fraction
 
 import pandas as pd
 import pytest
 from tiny import ROOT, TINY
 from transformers import ByT5Tokenizer
 
-from mora_repro.data.gsm8k import CHANGE, LARGEST, Gsm8k, final_number, generate, score
+from mora_repro.data.answers import final_number
+from mora_repro.data.gsm8k import CHANGE, LARGEST, Gsm8k, generate, score
 from mora_repro.data.task import build_task, pair
 from mora_repro.errors import UserError
 from mora_repro.spec import RunSpec, compose_config
@@ -57,6 +58,63 @@ def test_the_generated_world_is_a_function_of_the_seed_and_no_test_question_is_t
     assert (len(trained), len(test)) == (3000, 200) and not trained & test
 
 
+def test_validation_problems_are_others_and_leave_the_training_ones_as_they_were():
+    made = task("task.train_limit=3000")
+    [validation] = made.benchmarks(Eval(split="validation"))
+    prompts = {prompt for prompt, _ in validation.pairs}
+    assert len(prompts) == 200 and not prompts & {prompt for prompt, _ in asked()}
+    trained = [prompt.text for prompt, _ in made.samples()]
+    assert not prompts & set(trained)
+    left_out = {question for question, _ in generate(0, "test", 200, made.steps)}
+    expected = generate(0, "train", 3000, made.steps, left_out)
+    assert trained == [made.asking(question) for question, _ in expected]
+    assert len(made.benchmarks(Eval(limit=7))[0].pairs) == 7
+
+
+def test_the_validation_set_of_files_is_theirs_or_held_out_of_training(tmp_path):
+    write(tmp_path, "train", [{**ROW, "question": f"{number}?"} for number in range(1000)])
+    write(tmp_path, "test", [ROW])
+    made = task(f"task.data={tmp_path}", "task.train_limit=null", "task.test_limit=null")
+    held_out = {prompt for prompt, _ in made.benchmarks(Eval(split="validation"))[0].pairs}
+    trained = {prompt.text for prompt, _ in made.samples()}
+    assert 2 < len(held_out) < 30 and len(trained) > 950 and not held_out & trained
+    write(tmp_path, "validation", [{**ROW, "question": "mine?"}])
+    assert [prompt for prompt, _ in made.benchmarks(Eval(split="validation"))[0].pairs] == ["mine?\n"]
+    assert len(list(made.samples())) == 1000
+
+
+def test_no_rephrasing_of_a_held_out_question_is_trained_on(tmp_path):
+    rows = [
+        {"query": f"{number}, in other words {way}?", "response": "The answer is: 3", "original_question": f"{number}?"}
+        for number in range(500)
+        for way in range(3)
+    ]
+    write(tmp_path, "train", rows)
+    columns = ["task.columns.question=query", "task.columns.answer=response"]
+    columns += ["+task.columns.original_question=original_question"]
+    made = task(f"task.data={tmp_path}", *columns, "task.train_limit=null", "task.test_limit=null")
+    held_out = list(made.rows("validation"))
+    numbers = {question.partition(",")[0] for question, _ in held_out}
+    assert numbers and len(held_out) == 3 * len(numbers)
+    assert not numbers & {question.partition(",")[0] for question, _ in made.rows("train")}
+
+
+def test_gsm8k_and_math_are_asked_from_files(tmp_path):
+    write(tmp_path, "gsm8k", [ROW])
+    write(tmp_path, "math", [{"problem": "One?", "solution": "It is $\\boxed{1}$."}] * 3)
+    files = {"gsm8k": str(tmp_path / "gsm8k.jsonl"), "math": str(tmp_path / "math.jsonl")}
+    gsm8k, math = task().benchmarks(Eval(data=files, limit=2))
+    assert gsm8k.pairs == [("How many?\n", ROW["answer"])] and len(math.pairs) == 2
+    assert math.score("The answer is: 1", math.pairs[0][1]) == {"math_exact_match": (1, 1)}
+    config = compose_config(["scale=paper", "method=fft", "task=gsm8k", "model=llama2_7b"])
+    paper = build_task(RunSpec.from_config(config))
+    assert paper.math == "EleutherAI/hendrycks_math"
+    with pytest.raises(UserError, match=r"EleutherAI/hendrycks_math can't be had.*eval.data.math=<path>"):
+        paper.benchmarks(Eval(data={"gsm8k": files["gsm8k"]}))
+    with pytest.raises(UserError, match=r"math.jsonl has no validation set.*eval.data.math=<folder>"):
+        task().benchmarks(Eval(data={"math": files["math"]}, split="validation"))
+
+
 def test_more_problems_than_there_are_is_an_error_that_says_how_many_there_are(monkeypatch):
     monkeypatch.setattr("mora_repro.data.gsm8k.THINGS", ["figs"])  # a smaller world is sooner used up
     with pytest.raises(UserError, match=r"too few different problems of 1 to 1 steps.*task.train_limit=\d+"):
@@ -69,13 +127,13 @@ def test_more_problems_than_there_are_is_an_error_that_says_how_many_there_are(m
         ("3+4=7\n#### 7", 7),
         ("#### 1,234,567", 1234567),
         ("#### $18.00", 18),
-        ("so he pays $1,200.50 in all.", Decimal("1200.5")),
+        ("so he pays $1,200.50 in all.", Fraction("1200.5")),
         ("The answer is: 42.", 42),
         ("The answer is 42 and not 43", 42),
         ("the answer is -7", -7),
         ("first #### 1 then #### 2", 2),
         ("2 eggs and 3 more", 3),
-        ("#### .5", Decimal("0.5")),
+        ("#### .5", Fraction("0.5")),
         ("70% of them", 70),
         ("The answer is unknown after 5", 5),
         ("none at all", None),
@@ -158,7 +216,10 @@ def test_a_run_on_a_malformed_file_ends_with_one_error(command_here, tmp_path):
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K files are not beside this checkout")
 def test_real_gsm8k_is_read_and_every_gold_answer_is_scored_right():
     everything = [f"task.data={REAL}", "task.train_limit=null", "task.test_limit=null"]
-    assert len(list(task(*everything).samples())) == 7473
+    trained = list(task(*everything).samples())
+    [validation] = task(*everything).benchmarks(Eval(split="validation"))
+    assert 7250 < len(trained) < 7400 and 50 < len(validation.pairs) < 100
+    assert not {prompt for prompt, _ in validation.pairs} & {prompt.text for prompt, _ in trained}
     golds = [gold for _, gold in asked(*everything)]
     assert len(golds) == 1000 and all(score(gold, gold) == {"exact_match": (1, 1)} for gold in golds)
     assert all(score("", gold) == {"exact_match": (0, 1)} for gold in golds)

@@ -85,12 +85,12 @@ def echo(length: int, longest: int = 4) -> Questions:
 
 def test_a_model_without_a_limit_of_positions_is_asked_too(tokenizer):
     config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
-    assert evaluate(BloomForCausalLM(config), tokenizer, [echo(200)]).metrics == {"answers": 100}
+    assert evaluate(BloomForCausalLM(config), tokenizer, [echo(200)], 64).metrics == {"answers": 100}
 
 
 @pytest.mark.parametrize(("length", "cut"), [(60, 0), (61, 1), (200, 1)])
 def test_a_prompt_beyond_the_positions_is_cut_and_counted(model, tokenizer, length, cut):
-    metrics = evaluate(model, tokenizer, [echo(length)]).metrics
+    metrics = evaluate(model, tokenizer, [echo(length)], 64).metrics
     assert metrics["answers"] == 100 and metrics.get("cut_prompts", 0) == cut
 
 
@@ -99,17 +99,17 @@ def test_answers_that_leave_no_room_for_a_prompt_are_refused(model, tokenizer):
         refuse_no_room(model, tokenizer, [echo(3, longest=64)])
 
 
-def test_every_sample_is_kept_with_its_share_and_the_standard_error_is_that_of_the_shares(model, tokenizer):
+def test_every_sample_is_kept_with_its_points_and_the_standard_error_is_that_of_the_shares(model, tokenizer):
     pairs = [("one:", "x"), ("a longer prompt:", "yy"), ("seven", "zzzz")]
     points = {"x": 1, "yy": 1, "zzzz": 1}
     questions = Questions("q", pairs, lambda answer, gold: {"m": (points[gold], len(gold))}, lambda tokenizer: 4)
-    scores = evaluate(model, tokenizer, [questions])
+    scores = evaluate(model, tokenizer, [questions], 64)
     assert scores.metrics == {"m": pytest.approx(100 * 3 / 7)} and scores.counts == {"m": 3}
     assert scores.stderr["m"] == pytest.approx(100 * stats.sem([1, 1 / 2, 1 / 4]))
-    assert [(row["prompt"], row["gold"], row["m"]) for row in scores.samples] == [
-        ("one:", "x", 1),
-        ("a longer prompt:", "yy", 1 / 2),
-        ("seven", "zzzz", 1 / 4),
+    assert [(row["prompt"], row["gold"], row["metrics"]["m"]) for row in scores.samples] == [
+        ("one:", "x", [1, 1]),
+        ("a longer prompt:", "yy", [1, 2]),
+        ("seven", "zzzz", [1, 4]),
     ]
     expected = [answer(model, tokenizer, [prompt_tokens(tokenizer, prompt)], 4)[0] for prompt, _ in pairs]
     assert [row["answer"] for row in scores.samples] == expected

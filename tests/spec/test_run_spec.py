@@ -11,7 +11,7 @@ from mora_repro.results.records import Store
 from mora_repro.run import _base_overrides
 from mora_repro.spec import CONF, RunSpec, compose_config
 from mora_repro.spec.compose import find_row, options, resolve_scale
-from mora_repro.spec.run_spec import _sha256
+from mora_repro.spec.run_spec import sha256_of
 from mora_repro.spec.table import load_table
 
 SHARED_RECIPES = CONF.parents[1] / "shared" / "paper" / "recipes.yaml"
@@ -143,7 +143,7 @@ def test_the_identity_covers_the_base_that_the_model_starts_from():
 
 def test_the_identity_covers_the_content_of_local_folders(tmp_path):
     def made() -> RunSpec:
-        _sha256.cache_clear()
+        sha256_of.cache_clear()
         return spec("task=gsm8k", "method=lora", f"task.data={tmp_path}")
 
     (tmp_path / "train.jsonl").write_text("a")

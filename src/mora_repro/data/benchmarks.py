@@ -30,12 +30,13 @@ class Harness:
     """A task of lm-eval, built in or one of `evaluation/tasks`, whose `metric` is shown under `name`.
 
     Its data are those that lm-eval names, or a local file or folder `data`, or generated `rows`. `shots` None: as the
-    task has them. `validation`: ask its validation split. `limit` bounds the samples.
+    task has them. `validation`: ask its validation split. `limit` bounds the samples, of a group of tasks those of
+    each. `metric` None: all of the task's, each under `name` and its own.
     """
 
     name: str
     task: str
-    metric: str = "acc"
+    metric: str | None = "acc"
     shots: int | None = None
     data: str | None = None
     rows: Sequence[dict[str, Any]] | None = None
@@ -59,7 +60,17 @@ KNOWN = {
     "mmlu": (Harness("mmlu_0shot", "mmlu", shots=0), Harness("mmlu_5shot", "mmlu", shots=5)),
     "pubmedqa": (Harness("pubmedqa", "pubmedqa"),),
     "usmle": (Harness("usmle", "medqa_4options"),),
+    "biommlu": (Harness("biommlu", "biommlu", shots=0),),
+    "rct": (Harness("rct", "rct", metric="f1"),),
+    "convfinqa": (Harness("convfinqa", "convfinqa", metric="exact_match"),),
+    "fiqa_sa": (Harness("fiqa_sa", "fiqa_sa", metric="f1"),),
+    "headline": (Harness("headline", "headline", metric="f1"),),
+    "ner": (Harness("ner", "ner", metric="entity_f1"),),
+    "fpb": (Harness("fpb", "fpb", metric="f1"),),
 }
+# The columns whose mean is the paper's column of a domain.
+BIOMED = ("pubmedqa", "usmle", "biommlu", "rct")
+FINANCE = ("convfinqa", "fiqa_sa", "headline", "ner", "fpb")
 
 
 def known(name: str, settings: Eval) -> tuple[Harness, ...]:
@@ -69,10 +80,16 @@ def known(name: str, settings: Eval) -> tuple[Harness, ...]:
     return tuple(replace(one, data=data, validation=validation, limit=settings.limit) for one in KNOWN[name])
 
 
+def column_of(benchmark: Harness) -> str | None:
+    """The paper's column that a benchmark stands behind, or None."""
+    return next((column for column, ones in KNOWN.items() if any(one.name == benchmark.name for one in ones)), None)
+
+
 @dataclass(frozen=True)
 class Scores:
     """Metrics by name (in per cent, but for perplexities), their standard errors and numbers of samples where they have
-    any, and a row per sample: its benchmark, what was asked, answered and right, and its share of each metric."""
+    any, and a row per sample: its benchmark, what was asked, answered and right, and its part of each metric
+    (evaluation/scores.py)."""
 
     metrics: dict[str, float]
     stderr: dict[str, float] = field(default_factory=dict)

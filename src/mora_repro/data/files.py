@@ -70,6 +70,13 @@ class Corpus:
             return _kept(wanted, lambda: self._rows(split, columns, limit))
         return self._rows(split, columns, limit)
 
+    def has(self, split: Split) -> bool:
+        """Whether there is a split of that name."""
+        if self.data == "hub":
+            return split in self.hub
+        root = Path(self.data)
+        return (root / split).is_dir() or any((root / f"{split}{suffix}").is_file() for suffix in SUFFIXES)
+
     def held_out(
         self, split: Split, columns: Mapping[str, type], key: str, limit: int | None = None, one_in: int = 100
     ) -> Iterator[Row | None]:
@@ -244,6 +251,7 @@ def _taken(row: Any, columns: Mapping[str, type], theirs: Mapping[str, str]) -> 
 
 
 def read_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a file, one after the other; a row that can't be read is a BadRow. Raises UserError."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "txt": _text, "parquet": _parquet, "arrow": _arrow}
     try:

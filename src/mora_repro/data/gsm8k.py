@@ -7,20 +7,17 @@ A sample of the generated world, with the part that the loss is on between arrow
     19-8=11
     #### 11</s><<
 
-At scale paper, MetaMathQA (Yu et al. 2023) is trained on and GSM8K (Cobbe et al. 2021) is asked, both in the
-instruction form of MetaMath. `task.data=<folder>` takes files in the schema of openai/gsm8k instead.
+At scale paper, MetaMathQA (Yu et al. 2023) is trained on, and GSM8K (Cobbe et al. 2021) and MATH are asked, all in
+the instruction form of MetaMath. `task.data=<folder>` takes files in the schema of openai/gsm8k instead.
 
-Measured by exact match: the share of questions, in per cent, whose generated answer ends in the gold number.
-The number is the one after `####` or "The answer is", else the last in the text; commas, currency signs and
-a trailing point are left out, and numbers are compared by value, so that 18 and 18.00 are the same.
+Measured by exact match: the share of questions, in per cent, whose generated answer ends in the gold number, or of
+MATH in the gold expression (answers.py). With `task.math`, MATH (Hendrycks et al. 2021) is asked too.
 """
 
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Iterable, Sequence
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator
@@ -28,8 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..spec.run_spec import Eval
+from .answers import equal, final_expression, final_number
 from .benchmarks import Questions
 from .files import Corpus, Split
+from .sources import rows_of
 from .task import Sample, Task, pair
 
 NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Max", "Eva", "Sam", "Lea", "Jon"]
@@ -37,16 +36,15 @@ THINGS = ["figs", "pens", "eggs", "cups", "keys", "hats", "nuts", "cards", "shel
 LARGEST = 20  # of all numbers in the generated world
 CHANGE = 5  # the most that a step adds or takes
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-_MARK = re.compile(r"####|answer is:?", re.IGNORECASE)
+Score = Callable[[str, str], dict[str, tuple[float, float]]]
 
 
 class Gsm8k(Task):
     """`data` is generated, hub, a folder or a file; the limits are numbers of problems (None: all there are).
 
     `steps` bounds the steps of a generated problem, and `prompt` holds `{question}`. `hub`, `columns` and `on_bad_row`
-    are those of a Corpus. An answer may take `max_new_tokens`, and in a user's files more, where nine of ten gold
-    answers need more.
+    are those of a Corpus. `math` is MATH's data set on the hub, or None where it is not asked. An answer may take
+    `max_new_tokens`, and in a user's files more, where nine of ten gold answers need more.
     """
 
     hub: dict[str, dict[str, str | None]]
@@ -57,6 +55,7 @@ class Gsm8k(Task):
     train_limit: PositiveInt | None
     test_limit: PositiveInt | None
     max_new_tokens: PositiveInt
+    math: Literal["EleutherAI/hendrycks_math"] | None
 
     @field_validator("steps")
     @classmethod
@@ -80,25 +79,78 @@ class Gsm8k(Task):
         return (pair(self.asking(row[0]), row[1]) if row else () for row in self.rows("train"))
 
     def benchmarks(self, settings: Eval) -> Sequence[Questions]:
-        asked = [(self.asking(row[0]), row[1]) for row in self.rows("test") if row]
-        return [Questions("gsm8k", asked, score, lambda tokenizer: self._longest_answer(tokenizer, asked))]
+        validation, data = settings.split == "validation", settings.data
+        if "gsm8k" in data:
+            rows = [(row["question"], row["answer"]) for row in rows_of("gsm8k", data["gsm8k"], settings.split)]
+        else:
+            rows = [row for row in self.rows(settings.split) if row]
+        benchmarks = [self._questions("gsm8k", rows, score, settings.limit)]
+        if "math" in data or (self.math and not validation):
+            found = rows_of("math", data.get("math"), settings.split)
+            rows = [(row["problem"], row["solution"]) for row in found]
+            benchmarks.append(self._questions("math", rows, math_score, settings.limit))
+        elif self.math and self.data == "hub":
+            benchmarks.append(self._questions("math", self._held_out("MATH"), math_score, settings.limit))
+        return benchmarks
+
+    def _questions(self, name: str, rows: list[tuple[str, str]], scored_by: Score, limit: int | None) -> Questions:
+        asked = [(self.asking(question), answer) for question, answer in rows[:limit]]
+        return Questions(name, asked, scored_by, lambda tokenizer: self._longest_answer(tokenizer, asked))
 
     def asking(self, question: str) -> str:
         """The prompt that asks a question."""
         return self.prompt.replace("{question}", question)
 
     def rows(self, split: Split) -> Iterable[tuple[str, str] | None]:
-        """(question, answer) of "train" or "test"; None for a row that is skipped."""
+        """(question, answer) of a split; None for a row that is skipped.
+
+        Of MetaMathQA, and of files without a validation set, about two training questions in a hundred are left out of
+        training, with all that is made from them; one of the two is in the validation set.
+        """
         limit = self.train_limit if split == "train" else self.test_limit
         if self.data == "generated":
-            # The test comes first, so that the training problems can leave its questions out.
-            test = generate(self.seed, "test", self.test_limit or 200, self.steps)
-            if split == "test":
-                return test
-            return generate(self.seed, "train", limit or 4000, self.steps, {question for question, _ in test})
-        corpus = Corpus(self.data, self.hub, self.columns, self.on_bad_row)
-        rows = corpus.rows(split, {"question": str, "answer": str}, limit)
+            return self._generated(split)
+        corpus = self._corpus
+        columns = {"question": str, "answer": str}
+        if split == "test" or corpus.has("validation"):
+            rows = corpus.rows(split, columns, limit)
+        elif split == "train":
+            rows = corpus.held_out("train", columns | {self._key: str}, self._key, limit)
+        elif self.data == "hub":
+            return self._held_out("GSM")[:limit]
+        else:
+            rows = corpus.held_out("validation", columns | {self._key: str}, self._key, limit)
         return ((row["question"], row["answer"]) if row else None for row in rows)
+
+    @property
+    def _corpus(self) -> Corpus:
+        return Corpus(self.data, self.hub, self.columns, self.on_bad_row)
+
+    @property
+    def _key(self) -> str:
+        """The column that tells which rows are made from the same question."""
+        named = self.data == "hub" or "original_question" in self.columns
+        return "original_question" if named else "question"
+
+    def _held_out(self, kind: Literal["GSM", "MATH"]) -> list[tuple[str, str]]:
+        """MetaMathQA's validation questions that come from GSM8K or from MATH, as they were before any rephrasing."""
+        columns = dict.fromkeys(("question", "answer", "original_question", "type"), str)
+        rows = self._corpus.held_out("validation", columns, "original_question")
+        taken = (row for row in rows if row and row["type"].startswith(kind))
+        originals = (row for row in taken if row["question"] == row["original_question"])
+        return list({row["question"]: row["answer"] for row in originals}.items())
+
+    def _generated(self, split: Split) -> list[tuple[str, str]]:
+        """Training leaves out the test set's questions, and validation those of both."""
+        count = self.test_limit or 200
+        test = generate(self.seed, "test", count, self.steps)
+        if split == "test":
+            return test
+        asked = {question for question, _ in test}
+        train = generate(self.seed, "train", self.train_limit or 4000, self.steps, asked)
+        if split == "train":
+            return train
+        return generate(self.seed, "validation", count, self.steps, asked | {question for question, _ in train})
 
     def notices(self) -> list[str]:
         if not self._from_files or not (self.train_limit or self.test_limit):
@@ -121,19 +173,9 @@ def score(answer: str, gold: str) -> dict[str, tuple[float, float]]:
     return {"exact_match": (number is not None and final_number(answer) == number, 1)}
 
 
-def final_number(text: str) -> Decimal | None:
-    """The answer's number: after the last mark, else the last of the text; None where there is none."""
-    marks = list(_MARK.finditer(text))
-    if marks and (after := _NUMBER.search(text, marks[-1].end())):
-        found = after.group()
-    elif numbers := _NUMBER.findall(text):
-        found = numbers[-1]
-    else:
-        return None
-    try:
-        return Decimal(found.replace(",", ""))
-    except InvalidOperation:
-        return None
+def math_score(answer: str, gold: str) -> dict[str, tuple[float, float]]:
+    """math_exact_match: the answer's final expression is that of the gold solution."""
+    return {"math_exact_match": (equal(final_expression(answer), final_expression(gold, boxed_first=True)), 1)}
 
 
 def generate(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .benchmarks import Benchmark, HeldOut, Questions
-from .files import SUFFIXES, read_file
+from .benchmarks import Benchmark, HeldOut, Questions, column_of
+from .sources import rows_of
 
 N = 13
 _WORD = re.compile(r"[^\W_]+")
@@ -57,8 +56,9 @@ def _texts(benchmark: Benchmark) -> Iterable[str] | None:
         return benchmark.texts
     if benchmark.rows is not None:
         return _without_what_all_have([row["input"] for row in benchmark.rows])
-    if benchmark.data is not None:
-        return _texts_of_files(Path(benchmark.data))
+    if column := column_of(benchmark):
+        rows = rows_of(column, benchmark.data, "validation" if benchmark.validation else "test")
+        return (text for row in rows for text in _texts_in(row))
     return None
 
 
@@ -77,12 +77,6 @@ def _shared(texts: Sequence[str]) -> int:
     return next(
         (place for place, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), min(len(first), len(last))
     )
-
-
-def _texts_of_files(path: Path) -> Iterator[str]:
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file() and file.name.endswith(SUFFIXES):
-            yield from (text for _, row in read_file(file) for text in _texts_in(row))
 
 
 def _texts_in(value: Any) -> Iterator[str]:

@@ -39,7 +39,10 @@ class Uuid(Task):
         return self._draw("train", self.pairs)
 
     def benchmarks(self, settings: Eval) -> Sequence[Questions]:
-        asked = self._draw("test", QUESTIONS_WHEN_COPYING) if self.copy_key else self.pairs_to_train()
+        if self.copy_key:
+            asked = self._draw(settings.split, QUESTIONS_WHEN_COPYING)[: settings.limit]
+        else:
+            asked = self.pairs_to_train()[: settings.limit]  # for validation too: what is measured is memory of these
         return [Questions(self.name, asked, score, lambda tokenizer: _longest(tokenizer, asked))]
 
     def _draw(self, split: str, count: int) -> list[tuple[str, str]]:

@@ -12,9 +12,15 @@ from ..data.benchmarks import Questions, Scores
 from ..data.task import prompt_tokens
 from ..distributed import gather, rank, size
 from ..errors import UserError
-from .scores import of_points
+from .scores import scored
 
 BATCH = 64
+
+
+def room_for_text(model: PreTrainedModel) -> int | None:
+    """How many tokens prompt and answer may have together, beside the method's virtual tokens; None: no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else positions - _virtual_tokens(model)
 
 
 def prompt_room(model: PreTrainedModel, questions: Questions, longest: int) -> int | None:
@@ -22,10 +28,11 @@ def prompt_room(model: PreTrainedModel, questions: Questions, longest: int) -> i
 
     None for a model without a limit. Raises UserError where there is no room.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
+    room = room_for_text(model)
+    if room is None:
         return None
-    virtual = sum(config.num_virtual_tokens for config in _prompts(model))
+    virtual = _virtual_tokens(model)
+    positions = room + virtual
     if longest >= positions:
         raise UserError(
             f"{questions.name} allows answers of {longest} tokens, and the model has {positions} positions for prompt "
@@ -36,14 +43,15 @@ def prompt_room(model: PreTrainedModel, questions: Questions, longest: int) -> i
             f"{virtual} virtual tokens and an answer of {longest} do not fit into the model's {positions} positions. "
             f"Take fewer of them: r={(positions - longest) // 2 or 1}"
         )
-    return positions - longest - virtual
+    return room - longest
 
 
-def _prompts(model: PreTrainedModel) -> list[PromptLearningConfig]:
-    """The configs of the adapters that put virtual tokens in front of the input."""
+def _virtual_tokens(model: PreTrainedModel) -> int:
+    """How many the adapters put in front of the input."""
     if not isinstance(model, PeftModel):
-        return []
-    return [config for config in model.peft_config.values() if isinstance(config, PromptLearningConfig)]
+        return 0
+    configs = model.peft_config.values()
+    return sum(config.num_virtual_tokens for config in configs if isinstance(config, PromptLearningConfig))
 
 
 def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Questions) -> Scores:
@@ -54,21 +62,19 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Q
     prompts = [prompt_tokens(tokenizer, prompt) for prompt, _ in questions.pairs]
     longest = questions.longest(tokenizer)
     room = prompt_room(model, questions, longest) or max(map(len, prompts))
-    cut = sum(len(prompt) > room for prompt in prompts)
+    cut = [len(prompt) > room for prompt in prompts]
     prompts = [prompt[-room:] for prompt in prompts]
     share = math.ceil(len(prompts) / size())
     # The same number for each, since under ZeRO 3 all take part in every forward pass: the last ask some twice.
     mine = [prompts[index % len(prompts)] for index in range(rank() * share, (rank() + 1) * share)]
     parts = gather(answer(model, tokenizer, mine, longest))
     answers = [text for part in parts for text in part][: len(prompts)]
-    points = [questions.score(text, gold) for text, (_, gold) in zip(answers, questions.pairs, strict=True)]
-    scores = of_points(points)
-    if cut:
-        scores.metrics["cut_prompts"] = float(cut)
-    for text, (prompt, gold), got in zip(answers, questions.pairs, points, strict=True):
+    samples = []
+    for text, (prompt, gold), was_cut in zip(answers, questions.pairs, cut, strict=True):
         row = {"benchmark": questions.name, "prompt": prompt, "gold": gold, "answer": text}
-        scores.samples.append(row | {name: points / of for name, (points, of) in got.items()})
-    return scores
+        metrics = {name: list(share) for name, share in questions.score(text, gold).items()}
+        samples.append(row | {"metrics": metrics} | ({"cut": True} if was_cut else {}))
+    return scored(samples)
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.benchmarks import Benchmark, Harness, Questions, Scores
-from .generation import ask, prompt_room
-from .harness import run_harness
+from .generation import ask, prompt_room, room_for_text
 from .perplexity import perplexity
 from .scores import together
 
@@ -33,7 +32,9 @@ def _measure(
     if isinstance(benchmark, Questions):
         return ask(model, tokenizer, benchmark)
     if isinstance(benchmark, Harness):
-        return run_harness(model, tokenizer, benchmark)
+        from .harness import run_harness  # lm-eval takes seconds, and many runs need none of it
+
+        return run_harness(model, tokenizer, benchmark, room_for_text(model))
     return perplexity(model, tokenizer, benchmark, max_length)
 
 
@@ -42,3 +43,19 @@ def refuse_no_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     for benchmark in benchmarks:
         if isinstance(benchmark, Questions):
             prompt_room(model, benchmark, benchmark.longest(tokenizer))
+        elif isinstance(benchmark, Harness):
+            from .harness import refuse_no_room_for_answers
+
+            refuse_no_room_for_answers(benchmark, room_for_text(model))
+
+
+def fetch(benchmarks: Sequence[Benchmark]) -> None:
+    """Have all data of the benchmarks here: downloads what is in no cache, and does nothing a second time.
+
+    Raises UserError: data that can't be had or read.
+    """
+    for benchmark in benchmarks:
+        if isinstance(benchmark, Harness):
+            from .harness import tasks_of
+
+            tasks_of(benchmark)

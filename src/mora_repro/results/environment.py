@@ -17,7 +17,17 @@ from ..distributed import size
 from ..spec.compose import ROOT
 from .records import Environment
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "hydra-core", "mora-repro")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "lm-eval",
+    "hydra-core",
+    "mora-repro",
+)
 
 
 def describe_environment(precision: Literal["fp32", "bf16"]) -> Environment:

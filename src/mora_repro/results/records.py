@@ -123,6 +123,20 @@ def _in_words(differences: dict[str, object]) -> str:
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
+def write_samples(record: Path, samples: list[dict[str, Any]]) -> Path:
+    """Write a line per sample beside a record; returns the file."""
+    path = record.with_suffix(".samples.jsonl.gz")
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_atomically(path, gzip.compress(lines.encode(), mtime=0))  # the same bytes again
+    return path
+
+
+def read_samples(record: Path) -> list[dict[str, Any]]:
+    """The samples beside a record."""
+    lines = gzip.decompress(record.with_suffix(".samples.jsonl.gz").read_bytes()).decode().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
 class Store:
     """The output folder of runs: `runs/` holds records, `work/` checkpoints, logs and trained weights."""
 
@@ -179,10 +193,7 @@ class Store:
 
     def save_samples(self, run_id: str, samples: list[dict[str, Any]]) -> Path:
         """Write what the last evaluation asked and got, a line per sample, beside the record."""
-        path = self.record_path(run_id).with_suffix(".samples.jsonl.gz")
-        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_atomically(path, gzip.compress(lines.encode(), mtime=0))  # the same bytes again
-        return path
+        return write_samples(self.record_path(run_id), samples)
 
     def load(self, run_id: str) -> Record | None:
         """The record of a run, or None where there is none or it can't be read."""

@@ -36,6 +36,7 @@ LATER_TASK_KEYS: dict[str, Any] = {
     "columns": {"question": "question", "answer": "answer"},  # of gsm8k
     "on_bad_row": "stop",
     "overlapping": "drop",
+    "math": None,  # of gsm8k
 }
 
 Grouping = Literal["strided", "blocked"]  # as mora.operators.Grouping, whose import takes seconds
@@ -317,11 +318,11 @@ def _contents(values: dict[str, Any]) -> dict[str, str]:
     named = {f"task.{key}": values["task"].get(key) for key in ("data", "general")}
     named |= {f"model.{key}": values["model"].get(key) for key in ("pretrained", "tokenizer")}
     named |= {f"eval.data.{name}": path for name, path in values["eval"]["data"].items()}
-    return {key: _sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
+    return {key: sha256_of(Path(path)) for key, path in named.items() if path and Path(path).exists()}
 
 
 @cache
-def _sha256(source: Path) -> str:
+def sha256_of(source: Path) -> str:
     """Of a file's content, or of the names and contents of a folder's files."""
     digest = hashlib.sha256()
     for path in sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]:

@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import distributed
+from ..progress import CONSOLE
 from ..signals import answered_by
 from ..spec import RunSpec
 
@@ -93,7 +93,7 @@ class ProgressLine(TrainerCallback):
         self.tokens = tokens
         self.since = 0.0
         title = f"{spec.task['name']} {spec.name}"  # short: all has place in 80 columns
-        self.console = Console(stderr=True)
+        self.console = CONSOLE
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
