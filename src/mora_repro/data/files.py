@@ -70,13 +70,6 @@ class Corpus:
             return _kept(wanted, lambda: self._rows(split, columns, limit))
         return self._rows(split, columns, limit)
 
-    def has(self, split: Split) -> bool:
-        """Whether there is a split of that name."""
-        if self.data == "hub":
-            return split in self.hub
-        root = Path(self.data)
-        return (root / split).is_dir() or any((root / f"{split}{suffix}").is_file() for suffix in SUFFIXES)
-
     def held_out(
         self, split: Split, columns: Mapping[str, type], key: str, limit: int | None = None, one_in: int = 100
     ) -> Iterator[Row | None]:
