@@ -221,7 +221,8 @@ class TaskTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if self.spec.training.group_by_length:
             assert isinstance(self.train_dataset, TrainingSet)
-            return GroupedByLength(self.spec.training.batch_size, self.train_dataset.lengths, self.spec.seed)
+            recipe, lengths = self.spec.training, self.train_dataset.lengths
+            return GroupedByLength(recipe.batch_size, lengths, self.spec.seed, lambda: self.state.global_step)
         return super()._get_train_sampler(train_dataset)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -338,19 +339,19 @@ def refuse_no_number(value: float, step: int, lr: float, what: str = "the loss")
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """Examples of about the same length together in a step, whose batches then have little padding; the order is a
-    function of the seed and the epoch, in every process, so that a resumed run has the same."""
+    """Examples of about the same length together in a step, whose batches then have little padding.
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+    The order is a function of the seed and the epoch, in every process. `steps_done` tells the epoch, since the data
+    loader of a resumed run does not where there are several processes.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, steps_done: Callable[[], int]):
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader when an epoch starts."""
-        self.epoch = epoch
+        self.seed, self.steps_done = seed, steps_done
 
     def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(1_000_003 * self.seed + self.epoch)
+        epoch = self.steps_done() // math.ceil(len(self.lengths) / self.batch_size)
+        self.generator.manual_seed(1_000_003 * self.seed + epoch)
         return super().__iter__()
 
 
