@@ -63,11 +63,12 @@ def test_a_template_that_all_prompts_have_is_no_text_of_the_benchmark():
 
 def test_texts_of_rows_and_files_are_looked_for_and_what_lm_eval_fetches_is_named(tmp_path):
     path = tmp_path / "test.jsonl"
-    path.write_text(json.dumps({"question": " ".join(WORDS), "choices": {"text": ["b " * 20]}, "answer": 1}))
+    row = {"question": " ".join(WORDS), "subject": "any", "choices": ["b " * 20], "answer": 0}
+    path.write_text(json.dumps(row))
     rows = Harness("rows", "rows", rows=[{"input": "c " * 20, "options": ["1"], "gold_index": 0}])
-    grams, unknown = ngrams_of([Harness("file", "x", data=str(path)), rows, Harness("mmlu", "mmlu")])
+    grams, unknown = ngrams_of([Harness("mmlu_0shot", "mmlu", data=str(path)), rows, Harness("other", "other")])
     assert all(overlaps(text, grams) for text in (" ".join(WORDS), "b " * 13, "c " * 13))
-    assert not overlaps("d " * 20, grams) and unknown == ["mmlu"]
+    assert not overlaps("d " * 20, grams) and unknown == ["other"]
 
 
 @pytest.mark.parametrize("text", ["Straße über Öl", "数字 和 字母", "3.5 kg of x_1"])

@@ -105,11 +105,12 @@ def _made(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, folder:
     left_out = None
     unchecked: list[str] = []
     if task.from_corpus:
-        benchmarks = list(task.benchmarks(spec.eval))
+        left_out, unchecked = ngrams_of(task.benchmarks(spec.eval))
         other = "test" if spec.eval.split == "validation" else "validation"
         with suppress(UserError):  # where there is no such set, nothing of it can be trained on
-            benchmarks += task.benchmarks(spec.eval.model_copy(update={"split": other}))
-        left_out, unchecked = ngrams_of(benchmarks)
+            for benchmark in task.benchmarks(spec.eval.model_copy(update={"split": other})):
+                with suppress(UserError):
+                    left_out = np.union1d(left_out, ngrams_of([benchmark])[0])
     length = None if task.packed else max_length
     tokeniser = Tokeniser(tokenizer, length, left_out, keep_overlap=task.overlapping == "keep")
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
