@@ -257,9 +257,9 @@ class InMemory(HFLM):
         # What differs in the last token alone is one row of a forward pass.
         passes = len({tuple(context + continuation[:-1]) for _, context, continuation in requests})
         batches = math.ceil(passes / self.batch_size_per_gpu)
+        most = max(distributed.gather(batches)) if self.shared else batches  # now: later, the others may need this one
         with self._progress(passes):
             likelihoods = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-            most = max(distributed.gather(batches)) if self.shared else batches
             for _ in range(most - batches):
                 super()._model_call(torch.tensor([[self.prefix_token_id]], device=self.device))
         return likelihoods
