@@ -18,6 +18,7 @@ from mora_repro import distributed
 from mora_repro.data.benchmarks import Benchmark, Harness, Questions, known
 from mora_repro.evaluation import evaluate, harness
 from mora_repro.spec.run_spec import Eval
+from mora_repro.training import load_extensions
 
 
 def benchmarks() -> list[Benchmark]:
@@ -46,6 +47,8 @@ def main(stage: int, folder: str, result: str) -> None:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
+    if stage:
+        load_extensions()
     if stage or distributed.size() > 1:
         distributed.join(deepspeed=stage > 0)
     sharded = HfDeepSpeedConfig(config) if stage == 3 else None  # kept, as long as the model is loaded

@@ -19,6 +19,7 @@ from mora_repro.errors import UserError
 from mora_repro.evaluation import evaluate, fetch, refuse_no_room
 from mora_repro.evaluation.harness import tasks_of
 from mora_repro.spec.run_spec import Eval
+from mora_repro.training import build_extensions
 
 EXAMPLES = Path(sys.modules["mora_repro.evaluation.harness"].__file__).with_name("examples")
 FILES = Eval(data={name: str(EXAMPLES / name) for name in KNOWN})
@@ -160,6 +161,7 @@ def test_the_index_of_the_papers_tasks_needs_no_look_at_all_others():
 def test_scores_are_the_same_on_one_process_on_two_and_in_shards(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     program = str(Path(__file__).with_name("scores_of_processes.py"))
+    build_extensions()
     found = []
     for processes, stage in [(1, 0), (2, 0), (2, 3)]:
         result = tmp_path / f"{processes}-{stage}.json"
