@@ -80,7 +80,7 @@ def test_what_can_not_be_scored_is_said_without_a_traceback(command, tmp_path, m
         ([f"model={model}"], "name what the model is scored by"),
         ([f"model={model}", "tasks=[rct,rct]", f"data.rct={EXAMPLES / 'rct'}"], "rct twice"),
         ([f"model={model}", "tasks=[rct]"], ": data.rct=<path>"),
-        (["model=/nowhere", "tasks=[rct]"], "/nowhere"),
+        (["model=/nowhere", "tasks=[rct]", f"data.rct={EXAMPLES / 'rct'}"], "/nowhere"),
     ]:
         done = command("scripts/evaluate.py", *arguments, f"out={tmp_path / 'out'}", check=False)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, arguments
