@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from outcome import only_record
+from run_outcome import only_record
 from tiny import TINY
 from transformers import PreTrainedTokenizerFast
 

@@ -150,6 +150,19 @@ def test_overlapping_samples_are_left_out_or_kept_and_counted(prepared, tmp_path
     assert any("share 13 words in a row" in notice for notice in dropped.notices())
 
 
+def test_a_limit_on_what_is_asked_does_not_limit_what_is_looked_for(prepared, tmp_path):
+    words = {split: [" ".join(random.Random(f"{split} {n}").choices(WORDS, k=20)) for n in range(9)] for split in "ab"}
+    for name, asked in (("train", words["a"] + words["b"][5:]), ("test", words["b"])):
+        rows = [{"question": question, "answer": "#### 1"} for question in asked]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompt = (
+        "task.prompt='Below is one long instruction that all prompts have, and the question follows it now: {question}'"
+    )
+    task = ["scale=mini", "method=fft", "task=gsm8k", "model.base=null", f"task.data={tmp_path}", prompt]
+    made = [prepared(spec=RunSpec.from_config(compose_config([*task, *limit]))) for limit in ([], ["eval.limit=1"])]
+    assert made[0].folder == made[1].folder and (len(made[0]), made[0].overlap) == (9, 4)
+
+
 def test_a_block_is_shown_with_its_documents(prepared, tmp_path):
     data = prepared(spec=RunSpec.from_config(compose_config(corpus(tmp_path, ["first text", "second", "third", "d"]))))
     shown = as_text(TOKENIZER, data[0])

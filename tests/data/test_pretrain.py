@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 import torch
-from outcome import assert_same_run, only_record, weights
+from run_outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

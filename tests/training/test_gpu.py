@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from outcome import only_record
+from run_outcome import only_record
 from tiny import ROOT, TINY
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

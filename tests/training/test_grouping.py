@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from outcome import assert_same_run, only_record
 from processes import wait_for_checkpoint
+from run_outcome import assert_same_run, only_record
 from tiny import ROOT, TINY
 
 from mora_repro.spec import RunSpec, compose_config

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcome import only_record
 from packed import PACKED
 from processes import launcher
+from run_outcome import only_record
 from tiny import ROOT
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig
 

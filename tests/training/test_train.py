@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcome import assert_same_run, only_record, weights
 from processes import wait_for_checkpoint
+from run_outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 
 from mora_repro.data.task import IGNORED

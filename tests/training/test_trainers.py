@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from outcome import assert_same_run, only_record, weights
 from processes import children_of, is_running, launcher, wait_for_checkpoint
+from run_outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 
 from mora_repro import distributed

@@ -65,8 +65,7 @@ def fingerprint(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -
         "code": [path.read_text() for path in _sources(task)],
     }
     if task.from_corpus:
-        content = {key: value for key, value in spec.content.items() if key.startswith("eval.")}
-        parts["benchmarks"] = [spec.eval.limit, content]
+        parts["benchmarks"] = {key: value for key, value in spec.content.items() if key.startswith("eval.")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -105,10 +104,12 @@ def _made(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, folder:
     left_out = None
     unchecked: list[str] = []
     if task.from_corpus:
-        left_out, unchecked = ngrams_of(task.benchmarks(spec.eval))
+        # All that a benchmark has: a limit is of this run, and the model may be scored without it.
+        whole = spec.eval.model_copy(update={"limit": None})
+        left_out, unchecked = ngrams_of(task.benchmarks(whole))
         other = "test" if spec.eval.split == "validation" else "validation"
         with suppress(UserError):  # where there is no such set, nothing of it can be trained on
-            for benchmark in task.benchmarks(spec.eval.model_copy(update={"split": other})):
+            for benchmark in task.benchmarks(whole.model_copy(update={"split": other})):
                 with suppress(UserError):
                     left_out = np.union1d(left_out, ngrams_of([benchmark])[0])
     length = None if task.packed else max_length
