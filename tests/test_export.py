@@ -82,7 +82,8 @@ def test_an_adapter_loads_in_plain_code_and_computes_the_same_as_merged(exported
         assert (base(torch.arange(3, 60)[None]).logits - ours).abs().max() > 1e-2  # it was trained
     # The run's own score, from the exported model.
     benchmarks = build_task(record.spec).benchmarks(record.spec.eval)
-    scores = evaluate(AutoModelForCausalLM.from_pretrained(merged), load_tokenizer(record.spec), benchmarks)
+    model, length = AutoModelForCausalLM.from_pretrained(merged), record.spec.training.max_length
+    scores = evaluate(model, load_tokenizer(record.spec), benchmarks, length)
     assert scores.metrics == pytest.approx(record.metrics)
     config = json.loads((alone / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(alone / "base")

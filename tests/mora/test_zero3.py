@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from processes import alone
 
+from mora_repro.training import build_extensions
+
 pytest.importorskip("deepspeed", reason="needs DeepSpeed")
 
 HERE = Path(__file__).parent
@@ -17,6 +19,9 @@ from models import LLAMA
 from peft import get_peft_model
 from transformers.integrations import HfDeepSpeedConfig
 from mora import MoraConfig, MoraLayer
+from mora_repro.training import load_extensions
+
+load_extensions()  # no killed process's lock holds it up
 
 def made():
     model = LLAMA.model()
@@ -80,6 +85,7 @@ print("all held")
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", ["rotation", "sharing"])
 def test_training_and_merging_under_zero_3_is_as_without(operator, tmp_path):
+    build_extensions()
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     environment = alone(29700, HERE)

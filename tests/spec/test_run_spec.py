@@ -261,7 +261,7 @@ def test_help_lists_the_keys_and_their_choices(command):
     text = command("train.py", "--help").stdout
     for word in [
         "Jiang et al. 2024",
-        "gsm8k, gsm8k_base, uuid",
+        "finance, finance_base, gsm8k, gsm8k_base, instruct",
         "llama2_7b",
         "seed",
         "python train.py method=mora task=gsm8k r=256",

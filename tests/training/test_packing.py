@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def corpus(folder: Path) -> Path:
 def train(processes: int, out: Path, *overrides: str) -> str:
     program = ["train.py", *PACKED, f"+task.data={corpus(out.parent)}", f"out={out}", *overrides]
     command = [sys.executable, *(launcher(processes) if processes > 1 else []), *program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}  # packed.py
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stderr
 
