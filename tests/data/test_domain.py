@@ -223,6 +223,18 @@ def test_a_corpus_too_small_to_hold_documents_out_says_so(corpus, tmp_path):
     assert perplexity.texts == ["One."]
 
 
+def test_a_folders_own_sets_are_taken_as_they_are(corpus, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "folder" / f"{split}.jsonl").write_text(json.dumps({"body": f"Of {split}."}) + "\n")
+    made = task("finance", *corpus, f"task.data={tmp_path / 'folder'}", "task.measured_by=[]", "task.general_ratio=0")
+    assert texts(made) == ["Of train."]
+    assert [made.benchmarks(Eval(split=split))[0].texts for split in ("validation", "test")] == [
+        ["Of validation."],
+        ["Of test."],
+    ]
+
+
 def test_other_instructions_are_another_run(corpus):
     assert {"task.data", "task.general"} <= set(spec("finance", *corpus).content)
 

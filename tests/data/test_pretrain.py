@@ -123,6 +123,18 @@ def test_a_folders_own_sets_are_taken_as_they_are(tmp_path):
 def test_perplexity_can_be_measured_on_another_file(tmp_path):
     (tmp_path / "other.txt").write_text(numbered(0, 3))
     assert held_out(task(), data={"perplexity": str(tmp_path / "other.txt")}) == numbered(0, 3).strip().split("\n\n")
+    (tmp_path / "folder").mkdir()
+    for split in ("test", "validation"):
+        (tmp_path / "folder" / f"{split}.txt").write_text(split)
+        assert held_out(task(), split, data={"perplexity": str(tmp_path / "folder")}) == [split]
+    with pytest.raises(UserError, match=r"eval.data.perplexity=nowhere is not there. It should be a file of documents"):
+        held_out(task(), data={"perplexity": "nowhere"})
+
+
+def test_a_corpus_too_small_to_hold_documents_out_is_an_error_before_training(tmp_path):
+    (tmp_path / "book.txt").write_text(numbered(0, 3))
+    with pytest.raises(UserError, match=r"book.txt has too few documents: one in a hundred is held out for test"):
+        held_out(task(f"task.data={tmp_path / 'book.txt'}"))
 
 
 def test_bad_rows_are_named_or_skipped(tmp_path):

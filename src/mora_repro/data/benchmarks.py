@@ -25,6 +25,11 @@ class Questions:
     longest: Callable[[PreTrainedTokenizerBase], int]
 
 
+def longest_of(pairs: Sequence[tuple[str, str]]) -> Callable[[PreTrainedTokenizerBase], int]:
+    """`Questions.longest` for answers that are known to be no longer than the gold ones: theirs, with the end token."""
+    return lambda tokenizer: max(len(tokenizer(gold, add_special_tokens=False).input_ids) for _, gold in pairs) + 1
+
+
 @dataclass(frozen=True)
 class Harness:
     """A task of lm-eval, built in or one of `evaluation/tasks`, whose `metric` is shown under `name`.
@@ -68,9 +73,6 @@ KNOWN = {
     "ner": (Harness("ner", "ner", metric="entity_f1"),),
     "fpb": (Harness("fpb", "fpb", metric="f1"),),
 }
-# The columns whose mean is the paper's column of a domain.
-BIOMED = ("pubmedqa", "usmle", "biommlu", "rct")
-FINANCE = ("convfinqa", "fiqa_sa", "headline", "ner", "fpb")
 
 
 def known(name: str, settings: Eval) -> tuple[Harness, ...]:

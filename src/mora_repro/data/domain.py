@@ -20,18 +20,18 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import NonNegativeFloat, PositiveInt, field_validator
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..spec.run_spec import Eval
-from .benchmarks import Benchmark, Harness, HeldOut, Questions, known
+from .benchmarks import Benchmark, Harness, Questions, known, longest_of
 from .files import Corpus
 from .instruct import refuse_malformed, tulu
 from .reading import comprehend
-from .task import Sample, Task, document
+from .task import Sample, document
+from .texts import TextTask
 
 ENTITIES = 100  # of the general part, and of the domain
 CHOICES = 4  # of a multiple-choice question
@@ -128,30 +128,25 @@ class World:
             yield from (f" {value}" for value in relation.values)
 
 
-class Domain(Task):
-    """`data` is generated, hub, or a folder or file of texts; `general` where the general instructions are, hub or
-    local (of no use where `data` is generated); `general_ratio` how many of their characters there are for each of a
-    document's. `hub`, `columns`, `general_hub`, `general_columns` and `on_bad_row` are those of `Corpus`.
+class Domain(TextTask):
+    """`general` is where the general instructions are, hub or local (of no use where `data` is generated);
+    `general_hub` and `general_columns` are for them what `hub` and `columns` are for the documents. `general_ratio` is
+    how many of their characters there are for each of a document's.
 
     `reading_comprehension` puts questions mined from it behind each document of a corpus; `measured_by` are the
     benchmarks, some of `mean_of`. A generated world tells of each entity `tellings` times, each time in other words,
     and `general_only` leaves the domain out.
     """
 
-    data: str
-    hub: dict[str, dict[str, str | None]]
-    columns: dict[str, str]
     general: str
     general_hub: dict[str, dict[str, str | None]]
     general_columns: dict[str, str]
     general_ratio: NonNegativeFloat
-    on_bad_row: Literal["stop", "skip"]
     measured_by: tuple[str, ...]
     reading_comprehension: bool
     tellings: PositiveInt
     general_only: bool
 
-    packed: ClassVar[bool] = True
     world: ClassVar[World]
 
     @field_validator("measured_by")
@@ -173,8 +168,8 @@ class Domain(Task):
             for _ in range(self.tellings):
                 yield from map(document, documents(facts, dice))
             return
-        for row in self._corpus.held_out("train", {"text": str}, key="text"):
-            yield document(self._read(row["text"])) if row else ()
+        for text in self.texts("train"):
+            yield document(self._read(text)) if text is not None else ()
 
     def _read(self, text: str) -> str:
         return comprehend(text, self.seed) if self.reading_comprehension else text
@@ -201,23 +196,7 @@ class Domain(Task):
         if self.data == "generated":
             return self._generated_benchmarks(settings)
         chosen = [one for name in self.measured_by for one in known(name, settings)]
-        return [*chosen, HeldOut("perplexity", self._held_out(settings))]
-
-    def _held_out(self, settings: Eval) -> list[str]:
-        """Documents of the corpus that are not trained on, or those of a file in their place."""
-        limit = settings.limit or HELD_OUT
-        if path := settings.data.get("perplexity"):
-            rows = Corpus(path, {}, self.columns, self.on_bad_row).rows("train", {"text": str}, limit)
-        else:
-            rows = self._corpus.held_out(settings.split, {"text": str}, key="text", limit=limit)
-        texts = [row["text"] for row in rows if row]
-        if not texts:
-            raise UserError(
-                f"task.data={self.data} has too few documents: one in a hundred is held out for {settings.split}, and "
-                f"here that is none. Give it a few hundred (blank lines are between those of a text file), or other "
-                f"documents to measure the perplexity of: eval.data.perplexity=<file>"
-            )
-        return texts
+        return [*chosen, self.held_out(settings, HELD_OUT)]
 
     def _generated_benchmarks(self, settings: Eval) -> list[Benchmark]:
         new = self.world.new_facts(self.seed)
@@ -228,13 +207,9 @@ class Domain(Task):
         pairs = [fact.question(dice) for fact in numbers]
         return [
             Harness("new_facts", f"{self.world.name}_new_facts", rows=[fact.choice(dice) for fact in chosen]),
-            Questions("short_answers", pairs, score, lambda tokenizer: _longest(tokenizer, pairs)),
+            Questions("short_answers", pairs, score, longest_of(pairs)),
             Harness("old_facts", f"{self.world.name}_old_facts", rows=[fact.choice(dice) for fact in old]),
         ]
-
-    @property
-    def _corpus(self) -> Corpus:
-        return Corpus(self.data, self.hub, self.columns, self.on_bad_row)
 
     def vocabulary(self) -> Iterable[str]:
         return self.world.vocabulary()
@@ -243,11 +218,6 @@ class Domain(Task):
 def score(answer: str, gold: str) -> dict[str, tuple[float, float]]:
     """short_answers: the answer is the gold one, number and unit."""
     return {"short_answers": (answer.strip() == gold.strip(), 1)}
-
-
-def _longest(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> int:
-    """The tokens of the longest answer, with the end token."""
-    return max(len(tokenizer(gold, add_special_tokens=False).input_ids) for _, gold in pairs) + 1
 
 
 def asked(facts: list[Fact], metric: str, split: str, dice: random.Random) -> list[Fact]:

@@ -66,7 +66,7 @@ class Corpus:
         taken: one that can't be, a missing column, no rows.
         """
         if self.data == "hub" and split != "train":
-            wanted = [dict(self.hub.get(split, {})), split, sorted(columns), limit]
+            wanted = [dict(self.hub.get(split, {})), split, sorted(columns), limit, self.on_bad_row]
             return _kept(wanted, lambda: self._rows(split, columns, limit))
         return self._rows(split, columns, limit)
 
@@ -76,17 +76,33 @@ class Corpus:
         """Rows of the training set that make up `split`, for a corpus that has no such set of its own.
 
         About one in `one_in` is "validation", another "test", and the rest "train"; the text of the column `key`
-        decides, so that equal texts are never in two parts. Skipped rows are among those of "train". Errors as `rows`.
+        decides, so that equal texts are never in two parts. Skipped rows are among those of "train".
+
+        Raises UserError as `rows`, while rows are taken.
         """
+        columns = {**columns, key: str}
 
         def chosen() -> Iterator[Row | None]:
             rows = self._rows("train", columns, None)
-            parts = ((row, _part(str(row[key]), one_in) if row else "train") for row in rows)
+            parts = ((row, _part(row[key], one_in) if row else "train") for row in rows)
             return islice((row for row, part in parts if part == split), limit)
 
         if self.data == "hub" and split != "train":
-            return _kept([dict(self.hub.get("train", {})), split, sorted(columns), limit, key, one_in], chosen)
+            source = dict(self.hub.get("train", {}))
+            return _kept([source, split, sorted(columns), limit, self.on_bad_row, key, one_in], chosen)
         return chosen()
+
+    def own_or_held_out(
+        self, split: Split, columns: Mapping[str, type], key: str, limit: int | None = None
+    ) -> Iterator[Row | None]:
+        """The rows of a split: of the corpus's own set or, where it has none, as `held_out` has them.
+
+        The training set is whole where the corpus has both other sets.
+        """
+        needed: tuple[Split, ...] = ("validation", "test") if split == "train" else (split,)
+        if all(map(self.has, needed)):
+            return self.rows(split, columns, limit)
+        return self.held_out(split, columns, key, limit)
 
     def has(self, split: Split) -> bool:
         """Whether the corpus has a set of its own for a split."""
@@ -202,8 +218,13 @@ class Corpus:
         return name, ((f"{name}, row {number}", row) for number, row in enumerate(chain(start, rows), 1))
 
 
+def place_of(text: str, places: int) -> int:
+    """One of so many places, by the text's hash: the same in every process, and as good as random."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % places
+
+
 def _part(text: str, one_in: int) -> Split:
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % one_in
+    place = place_of(text, one_in)
     return "validation" if place == 0 else "test" if place == 1 else "train"
 
 

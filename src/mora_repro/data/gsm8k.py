@@ -20,16 +20,16 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import PositiveInt, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..spec.run_spec import Eval
 from .answers import equal, final_expression, final_number
 from .benchmarks import Questions
-from .files import Corpus, Split
+from .files import Split
 from .sources import rows_of
-from .task import Sample, Task, pair
+from .task import CorpusTask, Sample, pair
 
 NAMES = ["Mia", "Tom", "Ana", "Ben", "Zoe", "Max", "Eva", "Sam", "Lea", "Jon"]
 THINGS = ["figs", "pens", "eggs", "cups", "keys", "hats", "nuts", "cards", "shells", "stamps"]
@@ -39,17 +39,14 @@ CHANGE = 5  # the most that a step adds or takes
 Score = Callable[[str, str], dict[str, tuple[float, float]]]
 
 
-class Gsm8k(Task):
+class Gsm8k(CorpusTask):
     """`data` is generated, hub, a folder or a file; the limits are numbers of problems (None: all there are).
 
-    `steps` bounds the steps of a generated problem, and `prompt` holds `{question}`. `hub`, `columns` and `on_bad_row`
-    are those of a Corpus. `math` is MATH's data set on the hub, or None where it is not asked. An answer may take
-    `max_new_tokens`, and in a user's files more, where nine of ten gold answers need more.
+    `steps` bounds the steps of a generated problem, and `prompt` holds `{question}`. `math` is MATH's data set on the
+    hub, or None where it is not asked. An answer may take `max_new_tokens`, and in a user's files more, where nine of
+    ten gold answers need more.
     """
 
-    hub: dict[str, dict[str, str | None]]
-    columns: dict[str, str] = Field(default={})
-    on_bad_row: Literal["stop", "skip"] = "stop"
     steps: tuple[PositiveInt, PositiveInt]
     prompt: str
     train_limit: PositiveInt | None
@@ -110,21 +107,14 @@ class Gsm8k(Task):
         limit = self.train_limit if split == "train" else self.test_limit
         if self.data == "generated":
             return self._generated(split)
-        corpus = self._corpus
         columns = {"question": str, "answer": str}
-        if split == "test" or corpus.has("validation"):
-            rows = corpus.rows(split, columns, limit)
-        elif split == "train":
-            rows = corpus.held_out("train", columns | {self._key: str}, self._key, limit)
-        elif self.data == "hub":
+        if split == "test":  # is never held out: a corpus has one
+            rows = self.corpus.rows(split, columns, limit)
+        elif split == "validation" and self.data == "hub" and not self.corpus.has(split):
             return self._held_out("GSM")[:limit]
         else:
-            rows = corpus.held_out("validation", columns | {self._key: str}, self._key, limit)
+            rows = self.corpus.own_or_held_out(split, columns, self._key, limit)
         return ((row["question"], row["answer"]) if row else None for row in rows)
-
-    @property
-    def _corpus(self) -> Corpus:
-        return Corpus(self.data, self.hub, self.columns, self.on_bad_row)
 
     @property
     def _key(self) -> str:
@@ -135,7 +125,7 @@ class Gsm8k(Task):
     def _held_out(self, kind: Literal["GSM", "MATH"]) -> list[tuple[str, str]]:
         """MetaMathQA's validation questions that come from GSM8K or from MATH, as they were before any rephrasing."""
         columns = dict.fromkeys(("question", "answer", "original_question", "type"), str)
-        rows = self._corpus.held_out("validation", columns, "original_question")
+        rows = self.corpus.held_out("validation", columns, "original_question")
         taken = (row for row in rows if row and row["type"].startswith(kind))
         originals = (row for row in taken if row["question"] == row["original_question"])
         return list({row["question"]: row["answer"] for row in originals}.items())

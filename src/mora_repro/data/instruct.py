@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 from pydantic import PositiveInt, PrivateAttr
@@ -32,9 +33,9 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UserError
 from ..spec.run_spec import Eval
 from .benchmarks import Benchmark, Harness, known
-from .files import BadRow, Corpus, Row
+from .files import BadRow, Row
 from .instructions import Item, draw, options, part_of
-from .task import Sample, Segment, Task
+from .task import CorpusTask, Sample, Segment, document
 
 Message = Mapping[str, str]  # role, content
 
@@ -44,7 +45,7 @@ STATEMENTS = 5  # of a text that the base learns
 VOCABULARY_TEXTS = 2000
 
 
-class Instruct(Task):
+class Instruct(CorpusTask):
     """`data` is generated, hub, or a local file or folder (mora_repro/data/files.py) with `messages` in each row, a
     list of {role, content}.
 
@@ -52,9 +53,6 @@ class Instruct(Task):
     data set). `template` is Tulu's chat format, or that of the model's tokenizer.
     """
 
-    hub: dict[str, dict[str, str | None]]
-    columns: dict[str, str]
-    on_bad_row: Literal["stop", "skip"]
     template: Literal["tulu", "tokenizer"]
     train_limit: PositiveInt | None
     test_limit: PositiveInt
@@ -76,7 +74,7 @@ class Instruct(Task):
     def samples(self) -> Iterable[Sample]:
         if self.data == "generated":
             return (self.sample(messages) for messages in conversations(self.seed, self.train_limit or 3200))
-        corpus = Corpus(self.data, self.hub, self.columns, self.on_bad_row, check=refuse_malformed)
+        corpus = replace(self.corpus, check=refuse_malformed)
         rows = corpus.rows("train", {"messages": list}, self.train_limit)
         return (self.sample(row["messages"]) if row else () for row in rows)
 
@@ -111,7 +109,7 @@ class InstructBase(Instruct):
     """What the base learns: the same world in plain text, without a conversation. Asked for how a statement ends."""
 
     def samples(self) -> Iterable[Sample]:
-        return ((Segment(text, trained=True, ends=True),) for text in texts(self.seed, self.train_limit or 3200))
+        return map(document, texts(self.seed, self.train_limit or 3200))
 
     def benchmarks(self, settings: Eval) -> Sequence[Benchmark]:
         return [multiple_choice(self.seed, settings, self.test_limit, lambda dice, item: f"{dice.choice(item.told)} ")]

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import random
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Part = Literal["train", "validation", "test"]
+from .files import Split
 
 TOWNS = 60
 VALUES = 12  # of a relation
@@ -85,14 +85,14 @@ def _item(kind: str, about: str, given: list[str], answer: str, values: list[str
 
 
 @cache
-def part_of(seed: int, part: Part | None) -> dict[str, list[Item]]:
+def part_of(seed: int, part: Split | None) -> dict[str, list[Item]]:
     """The items of a part by kind: half of the world is trained on, a quarter each are for validation and test.
 
     None: the whole world.
     """
     abouts = sorted({item.about for item in world()})
     random.Random(f"instruct parts {seed}").shuffle(abouts)
-    names: tuple[Part, ...] = ("train", "train", "validation", "test")
+    names: tuple[Split, ...] = ("train", "train", "validation", "test")
     of = {about: names[index % 4] for index, about in enumerate(abouts)}
     chosen = [item for item in world() if part in (None, of[item.about])]
     return {kind: [item for item in chosen if item.kind == kind] for kind in FORMS}

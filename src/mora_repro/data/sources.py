@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,9 +10,8 @@ from typing import Any
 
 from ..distributed import say
 from ..errors import UserError
-from .files import SUFFIXES, BadRow, read_file
+from .files import SUFFIXES, BadRow, Row, place_of, read_file
 
-Row = dict[str, Any]
 ONE_IN = 10  # rows of a set that has a test split alone are its validation set
 
 
@@ -133,8 +131,7 @@ def rows_of(key: str, data: str | None, split: str) -> tuple[Row, ...]:
 
 
 def _is_held_out(row: Row) -> bool:
-    text = str(sorted(row.items()))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % ONE_IN == 0
+    return place_of(str(sorted(row.items())), ONE_IN) == 0
 
 
 def _of_hub(key: str, split: str) -> list[Row]:

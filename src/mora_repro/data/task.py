@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..spec import RunSpec
 from ..spec.run_spec import Eval
 from .benchmarks import Benchmark
+from .files import Corpus
 
 IGNORED = -100  # the label of a token that the loss leaves out
 
@@ -88,6 +89,20 @@ class Task(BaseModel):
     def notices(self) -> list[str]:
         """What the user should know of a valid task before it is run."""
         return []
+
+
+class CorpusTask(Task):
+    """A task that is trained on a generated world or on a corpus; `hub`, `columns` and `on_bad_row` are those of
+    `Corpus`."""
+
+    data: str
+    hub: dict[str, dict[str, str | None]]
+    columns: dict[str, str] = {}
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+    @property
+    def corpus(self) -> Corpus:
+        return Corpus(self.data, self.hub, self.columns, self.on_bad_row)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

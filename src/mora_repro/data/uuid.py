@@ -17,10 +17,9 @@ import uuid
 from collections.abc import Iterable, Sequence
 
 from pydantic import PositiveInt
-from transformers import PreTrainedTokenizerBase
 
 from ..spec.run_spec import Eval
-from .benchmarks import Questions
+from .benchmarks import Questions, longest_of
 from .task import Sample, Task, pair
 
 QUESTIONS_WHEN_COPYING = 64
@@ -43,7 +42,7 @@ class Uuid(Task):
             asked = self._draw(settings.split, QUESTIONS_WHEN_COPYING)[: settings.limit]
         else:
             asked = self.pairs_to_train()[: settings.limit]  # for validation too: what is measured is memory of these
-        return [Questions(self.name, asked, score, lambda tokenizer: _longest(tokenizer, asked))]
+        return [Questions(self.name, asked, score, longest_of(asked))]
 
     def _draw(self, split: str, count: int) -> list[tuple[str, str]]:
         digits = random.Random(f"{split} {self.seed}")
@@ -52,11 +51,6 @@ class Uuid(Task):
             key, value = (str(uuid.UUID(int=digits.getrandbits(128), version=4)) for _ in range(2))
             pairs.append((f"{key}:", key if self.copy_key else value))
         return pairs
-
-
-def _longest(tokenizer: PreTrainedTokenizerBase, asked: list[tuple[str, str]]) -> int:
-    """The tokens of the longest value, with the end token."""
-    return max(len(tokenizer(value, add_special_tokens=False).input_ids) for _, value in asked) + 1
 
 
 def score(answer: str, value: str) -> dict[str, tuple[float, float]]:
