@@ -214,6 +214,20 @@ def test_questions_mined_from_a_document_follow_it(corpus, tmp_path):
     )
 
 
+def test_with_general_instructions_the_domains_keywords_are_asked_about(corpus, tmp_path):
+    rows = [{"body": f"Patient {n} got glucose, insulin and heparin for a week."} for n in range(200)]
+    (tmp_path / "news.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer = {"role": "assistant", "content": "A week is long for a patient who got nothing. " * 200}
+    (tmp_path / "tulu.jsonl").write_text(json.dumps({"messages": [MESSAGES[0], answer]}) + "\n")
+    asked = {
+        ratio: " ".join(
+            texts(task("finance", *corpus, f"task.general_ratio={ratio}", "task.reading_comprehension=true"))
+        )
+        for ratio in (0, 0.1)
+    }
+    assert "glucose, insulin, heparin" in asked[0.1] and "glucose, insulin, heparin" not in asked[0]
+
+
 def test_a_corpus_too_small_to_hold_documents_out_says_so(corpus, tmp_path):
     (tmp_path / "news.jsonl").write_text(json.dumps({"body": "One."}) + "\n")
     with pytest.raises(UserError, match=r"news.jsonl has too few documents: one in a hundred is held out for test"):

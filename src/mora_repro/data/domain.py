@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any, ClassVar
 
 from pydantic import NonNegativeFloat, PositiveInt, field_validator
@@ -29,13 +29,14 @@ from ..spec.run_spec import Eval
 from .benchmarks import Benchmark, Harness, Questions, known, longest_of
 from .files import Corpus
 from .instruct import refuse_malformed, tulu
-from .reading import comprehend
+from .reading import comprehend, domain_keywords
 from .task import Sample, document
 from .texts import TextTask
 
 ENTITIES = 100  # of the general part, and of the domain
 CHOICES = 4  # of a multiple-choice question
 HELD_OUT = 1000  # documents of a corpus whose perplexity is measured
+KEYWORD_TEXTS = 2000  # of the domain, and as many general ones, by which the domain's keywords are found
 ASKED = {"new_facts": 200, "short_answers": 100, "old_facts": 100}  # in each of the splits test and validation
 
 
@@ -133,7 +134,8 @@ class Domain(TextTask):
     `general_hub` and `general_columns` are for them what `hub` and `columns` are for the documents. `general_ratio` is
     how many of their characters there are for each of a document's.
 
-    `reading_comprehension` puts questions mined from it behind each document of a corpus; `measured_by` are the
+    `reading_comprehension` puts questions mined from it behind each document of a corpus; those that start from the
+    domain's keywords need the general instructions, to tell which words these are. `measured_by` are the
     benchmarks, some of `mean_of`. A generated world tells of each entity `tellings` times, each time in other words,
     and `general_only` leaves the domain out.
     """
@@ -168,11 +170,20 @@ class Domain(TextTask):
             for _ in range(self.tellings):
                 yield from map(document, documents(facts, dice))
             return
+        keywords = self._keywords() if self.reading_comprehension else frozenset()
         for text in self.texts("train"):
-            yield document(self._read(text)) if text is not None else ()
+            if text is None:
+                yield ()
+            else:
+                yield document(comprehend(text, self.seed, keywords) if self.reading_comprehension else text)
 
-    def _read(self, text: str) -> str:
-        return comprehend(text, self.seed) if self.reading_comprehension else text
+    def _keywords(self) -> frozenset[str]:
+        """The domain's, by its first documents; none where there are no general instructions to compare them with."""
+        if not self.general_ratio:
+            return frozenset()
+        texts = (text for text in self.texts("train") if text is not None)
+        general = (segment.text for segment in chain.from_iterable(self._general()) if segment.trained)
+        return domain_keywords(islice(texts, KEYWORD_TEXTS), islice(general, KEYWORD_TEXTS))
 
     def _general(self) -> Iterator[Sample]:
         if self.data == "generated":

@@ -35,6 +35,8 @@ from typing import Literal
 MOST = 2  # questions of a kind in a text
 LONGEST = 400  # characters of a sentence that is asked about
 FEWEST = 4  # words of a sentence that is asked about
+LEAST = 3  # times that a keyword stands in a domain's texts
+TIMES = 10  # more often than in general texts
 
 Kind = Literal["title", "keywords", "entailment", "paraphrase", "cause", "completion"]
 
@@ -127,18 +129,16 @@ def comprehend(text: str, seed: int, keywords: frozenset[str] = frozenset()) -> 
     return "\n\n".join([text, *asked])
 
 
-def domain_keywords(
-    texts: Iterable[str], general: Iterable[str], times: float = 10.0, least: int = 3
-) -> frozenset[str]:
-    """The words, in lower case, that a domain's texts have `least` or more times, and `times` more often than general
-    texts have them (per word, after one is added to each count)."""
+def domain_keywords(texts: Iterable[str], general: Iterable[str]) -> frozenset[str]:
+    """The words, in lower case, that a domain's texts have LEAST or more times, and TIMES more often than general texts
+    have them (per word, after one is added to each count)."""
     counts = Counter(_words(texts))
     ordinary = Counter(_words(general))
     share = (ordinary.total() + 1) / (counts.total() + 1)
     return frozenset(
         word
         for word, count in counts.items()
-        if count >= least and len(word) > 3 and (count + 1) * share >= times * (ordinary[word] + 1)
+        if count >= LEAST and len(word) > 3 and (count + 1) * share >= TIMES * (ordinary[word] + 1)
     )
 
 
