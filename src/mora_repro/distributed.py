@@ -1,4 +1,4 @@
-"""The processes of one run: who this one is, and what they tell each other.
+"""The processes of one run: who this one is, and what they tell each other; and how other commands are waited for.
 
 The environment says it, in the variables of torchrun and DeepSpeed's launcher (RANK, LOCAL_RANK, WORLD_SIZE,
 MASTER_ADDR, MASTER_PORT), or in those of Slurm's srun. A process that is alone needs none of this: every function
@@ -12,12 +12,15 @@ import re
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # For what may take long on one process alone, such as the training of a base.
@@ -149,3 +152,16 @@ def say(text: str) -> None:
     if is_main():
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def alone_with(path: Path, other: str) -> Iterator[None]:
+    """Hold the lock file `path`; where another command holds it, wait, and say that `other` is what it does."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{other}; waiting for it to end ...")
+        lock.acquire()
+    with lock:
+        yield

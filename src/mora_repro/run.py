@@ -7,15 +7,13 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from filelock import FileLock, Timeout
 from peft import PromptLearningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -24,6 +22,7 @@ from .data.preparation import prepare
 from .data.task import build_task
 from .disk import write_atomically
 from .distributed import (
+    alone_with,
     barrier,
     from_main,
     is_main,
@@ -74,7 +73,7 @@ def run(spec: RunSpec, options: Options, need_weights: bool = False) -> Record:
         finished = None
         if is_main():
             work.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_alone_with(work.with_suffix(".lock"), spec))
+            stack.enter_context(alone_with(work.with_suffix(".lock"), f"another process runs {spec.id}"))
             if options.rerun:
                 for name in ("checkpoints", "checkpoint.partial", "initial", "model"):
                     shutil.rmtree(work / name, ignore_errors=True)
@@ -89,19 +88,6 @@ def run(spec: RunSpec, options: Options, need_weights: bool = False) -> Record:
             for name in ("checkpoints", "initial"):  # only now: the record is safe
                 shutil.rmtree(work / name, ignore_errors=True)
         return made
-
-
-@contextmanager
-def _alone_with(path: Path, spec: RunSpec) -> Iterator[None]:
-    """Hold the lock of a run; waits where another command holds it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"another process runs {spec.id}; waiting for it to end ...")
-        lock.acquire()
-    with lock:
-        yield
 
 
 def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) -> Record:

@@ -8,17 +8,16 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from ..distributed import barrier, from_main, is_main, say
+from ..distributed import alone_with, barrier, from_main, is_main, say
 from ..errors import UserError
 from ..spec import RunSpec
 from . import shards
@@ -41,7 +40,7 @@ def prepare(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, out: 
     index = None
     if is_main():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_with(folder):
+        with alone_with(folder.with_suffix(".lock"), f"another command prepares {folder}"):
             index = _found(folder) or _made(spec, task, tokenizer, folder)
     index = from_main(index)
     barrier()
@@ -72,19 +71,6 @@ def fingerprint(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -
 def _sources(task: Task) -> list[Path]:
     """The modules that decide what the samples of a task are."""
     return sorted({*Path(__file__).parent.glob("*.py"), Path(inspect.getfile(type(task)))})
-
-
-@contextmanager
-def _alone_with(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; waits where another command holds it."""
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"another command prepares {folder}; waiting for it to end ...")
-        lock.acquire()
-    with lock:
-        yield
 
 
 def _found(folder: Path) -> Index | None:

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +369,7 @@ class Collator:
 
     def __call__(self, batch: list[Example]) -> dict[str, Any]:
         if batch[0].position_ids is not None:
-            columns = {name: [getattr(example, name) for example in batch] for name in asdict(batch[0])}
+            columns = {part.name: [getattr(example, part.name) for example in batch] for part in fields(Example)}
             blocks = {name: torch.tensor(rows) for name, rows in columns.items()}
             if self.flat:
                 blocks = {name: rows.view(1, -1) for name, rows in blocks.items()}
