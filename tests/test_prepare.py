@@ -39,3 +39,12 @@ def test_a_model_out_of_reach_says_how_to_get_it():
     )
     with pytest.raises(UserError, match=r"'nobody/nothing' is neither a local folder nor to be had.*hf auth login"):
         download(spec)
+
+
+def test_blocks_longer_than_the_models_positions_are_an_error_before_all_preparation(command_here, tmp_path):
+    wanted = ["scale=mini", "method=fft", "task=pretrain", "model.tokenizer=bytes", "training.max_length=1025"]
+    for script in ("train.py", "scripts/prepare.py"):
+        done = command_here(script, *wanted, f"out={tmp_path}", check=False)
+        assert done.returncode == 2
+        assert "samples of 1025 tokens" in done.stderr and "training.max_length=1024" in done.stderr
+    assert not (tmp_path / "data").exists()

@@ -47,6 +47,8 @@ def main(config: DictConfig) -> int:
     task = build_task(spec).for_tokenizer(tokenizer)
     benchmarks = task.benchmarks(spec.eval)
     fetch(benchmarks)
+    if task.packed:  # known before hours of preparation
+        refuse_too_long(spec, tokenizer, spec.training.max_length)
     with store.explained():
         data = prepare(spec, task, tokenizer, store.out)
     refuse_too_long(spec, tokenizer, max(data.lengths))

@@ -108,6 +108,8 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         task = build_task(spec).for_tokenizer(tokenizer)
         benchmarks = task.benchmarks(spec.eval)  # an error of their files comes before all work
         fetch(benchmarks)
+        if task.packed:  # known before hours of preparation
+            refuse_too_long(spec, tokenizer, spec.training.max_length)
         data = prepare(spec, task, tokenizer, store.out)
         refuse_too_long(spec, tokenizer, max(data.lengths))
         for notice in task.notices():
