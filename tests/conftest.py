@@ -16,6 +16,9 @@ from tiny import ROOT
 # Before torch is imported: no hub, and the same number of threads as the mini scale.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
+# Where commands that tests start find tasks of the tests (packed.py).
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -64,8 +63,7 @@ def corpus(folder: Path) -> Path:
 def train(processes: int, out: Path, *overrides: str) -> str:
     program = ["train.py", *PACKED, f"+task.data={corpus(out.parent)}", f"out={out}", *overrides]
     command = [sys.executable, *(launcher(processes) if processes > 1 else []), *program]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}  # packed.py
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stderr
 
