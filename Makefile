@@ -46,10 +46,8 @@ format: $(VENV)/installed ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-search: $(VENV)/installed ## the search for the mini recipes' rates (an hour)
-	@$(BIN)/python scripts/sweep.py 'table=[2,figure2]' scale=mini search=true
-	@$(BIN)/python scripts/sweep.py table=gsm8k scale=mini search=true
-	@$(BIN)/python scripts/sweep.py table=biomed scale=mini search=true
+search: $(VENV)/installed ## the search for the rates of every task at scale mini, and its runs (hours)
+	@$(BIN)/python scripts/sweep.py 'table=[tasks,figure2]' scale=mini search=true
 
 table2: $(VENV)/installed ## Table 2 and Figures 2 and 3 at scale mini, three seeds
 	@$(BIN)/python scripts/sweep.py 'table=[2,figure2]' scale=mini seeds=3

@@ -8,7 +8,7 @@ import yaml
 from tiny import ROOT
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from mora_repro.report import table2
+from mora_repro.report import tables, verdicts
 from mora_repro.results.records import Store
 from mora_repro.spec import RunSpec, compose_config
 
@@ -59,16 +59,23 @@ def test_the_librarys_example_runs(tmp_path, monkeypatch, capsys):
     assert type(values["merged"]) is LlamaForCausalLM and (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_the_table_and_the_demos_output_are_those_of_the_records():
+def rows_of(markdown: str) -> str:
+    return "".join(line + "\n" for line in markdown.splitlines() if line.startswith("|"))
+
+
+def test_the_table_the_verdicts_and_the_demos_output_are_those_of_the_records():
     records = Store(ROOT / "results").load_all()[0]
-    table = table2.build("mini", records)
-    written = ROOT / "results" / "tables" / "table2-mini"
-    assert written.with_suffix(".md").read_text() == table2.markdown(table)
-    assert written.with_suffix(".csv").read_text() == table2.csv(table)
-    assert written.with_suffix(".tex").read_text() == table2.latex(table)
-    assert "".join(line + "\n" for line in table2.markdown(table).splitlines() if line.startswith("|")) in README
+    table = tables.build("2", "mini", records)
+    written = ROOT / "results" / "tables" / table.file
+    assert written.with_suffix(".md").read_text() == tables.markdown(table)
+    assert written.with_suffix(".csv").read_text() == tables.csv(table)
+    assert written.with_suffix(".tex").read_text() == tables.latex(table)
+    assert rows_of(tables.markdown(table)) in README
+    found = verdicts.markdown(verdicts.verdicts("mini", records), "mini")
+    assert (ROOT / "results" / "tables" / "verdicts-mini.md").read_text() == found
+    assert rows_of(found) in README
     # The demo is seed 0 of the same cells: the same numbers to the bit.
-    demo = table2.build("mini", [record for record in records if record.spec.seed == 0])
-    for row in demo.rows:
-        values = r"\s+".join(f"{interval.mean:.1f}" for interval in row.ours)
-        assert re.search(rf"^ {row.result.cell.name}\s.*\s{values}\s", README, re.MULTILINE), values
+    demo = tables.build("2", "mini", [record for record in records if record.spec.seed == 0])
+    for line in demo.lines:
+        values = r"\s+".join(f"{entry.ours.mean:.1f}" for entry in line.entries)
+        assert re.search(rf"^ {line.name}\s.*\s{values}\s", README, re.MULTILINE), values

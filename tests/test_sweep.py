@@ -4,16 +4,16 @@ import signal
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
+import yaml
 from processes import wait_for_checkpoint
 from tiny import ROOT, TINY
 
 from mora_repro.results.records import Store
-from mora_repro.results.search import search_table, tries
+from mora_repro.results.search import search
 from mora_repro.spec.compose import options
-from mora_repro.spec.table import Cell, load_table, ranks
-from mora_repro.sweep import Job, run_jobs
+from mora_repro.spec.table import load_table, ranks
+from mora_repro.sweep import Job, Sweep, planned, run_jobs
 
 SWEEP = """
 import sys
@@ -79,52 +79,80 @@ def test_table_2_has_the_rows_of_the_paper():
     assert [r for _, r in [(c.method, c.r) for c in load_table("figure2").cells("paper")]][1:] == ranks("paper")["all"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("names", "number"), [(("2", "figure2"), 15), (("gsm8k",), 6)])
-def test_every_cell_gets_the_same_number_of_different_tries(names, number):
-    for cell in {cell for name in names for cell in load_table(name).cells("mini")}:
-        ids = {Job.of([*cell.overrides(100), *extra]).spec.id for extra in tries(cell)}
-        assert len(ids) == len(tries(cell)) == number
-
-
-def test_the_best_try_has_the_best_mean_score_and_edges_are_marked(tmp_path):
-    record = next(iter(Store(ROOT / "results").load_all()[0]), None)
-    if record is None:
-        pytest.skip("no record to make tries from")
-    store, specs = Store(tmp_path), []
-    scores = {("lora", 4, 1e-3): [50, 60], ("lora", 4, 2e-3): [10, 100], ("lora", 4, 3e-3): [55, 55]}
-    for (method, r, lr), values in scores.items():
-        spec = Cell(method, r, "uuid", "mini").spec(100).model_copy(update={"lr": lr})
-        evaluations = [
-            record.evaluations[0].model_copy(update={"step": 75 * (i + 1), "metrics": {"char_accuracy": value}})
-            for i, value in enumerate(values)
-        ]
-        made = record.model_copy(update={"id": spec.id, "spec": spec, "evaluations": evaluations, "status": "finished"})
-        store.save(made)
-        specs.append(spec)
-    diverged = specs[0].model_copy(update={"lr": 1.0})
-    store.save(record.model_copy(update={"id": diverged.id, "spec": diverged, "status": "diverged", "evaluations": []}))
-    specs.append(diverged)
-    table = search_table(specs, store)
-    # 1e-3 and 2e-3 and 3e-3 all have a mean of 55: the lowest rate wins, and it is an edge of the grid.
-    assert table.score.tolist()[:3] == [55, 55, 55] and pd.isna(table.score[3])
-    assert table.best.tolist() == [True, False, False, False] and table.edge.tolist() == [True, False, False, False]
+OWN = """
+name: own
+title: a table of my own
+task: uuid
+overrides: [{}]
+rows: [{{method: fft}}, {{method: lora, rank: low}}]
+columns: [{{name: accuracy, title: accuracy, metric: char_accuracy}}]
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("names", "rows"), [(("2", "figure2"), 9), (("gsm8k",), 5)])
-def test_the_mini_recipes_are_the_best_of_the_search_that_is_recorded(names, rows):
-    table = pd.read_csv(ROOT / "results" / "search" / f"{'-'.join(names)}-mini.csv")
-    cells = {cell for name in names for cell in load_table(name).cells("mini")}
-    tried = {Job.of([*cell.overrides(100), *extra]).spec.id for cell in cells for extra in tries(cell)}
-    assert set(table.record) == tried and len(cells) == rows
-    for (task, method, r), tried in table.groupby(["task", "method", "r"], dropna=False):
-        [best] = tried[tried.best].to_dict("records")
-        assert best["score"] == tried.score.max()
-        spec = Cell(method, None if pd.isna(r) else int(r), task, "mini").spec(0)
-        assert spec.lr == best["lr"], f"{method} r={r}"
-        if method == "lora":
-            assert spec.method.peft["lora_alpha"] == best["alpha"]
+def test_a_table_of_the_user_s_own_is_run_and_its_status_is_shown(command, tmp_path):
+    overrides = [text for text in TINY if not text.startswith(("task=", "scale="))]
+    (tmp_path / "own.yaml").write_text(OWN.format(", ".join(f"'{text}'" for text in overrides)))
+    sweep = ["scripts/sweep.py", f"cells={tmp_path / 'own.yaml'}", f"out={tmp_path}"]
+    command(*sweep, "seeds=1")
+    records, _ = Store(tmp_path).load_all()
+    assert sorted(record.spec.method.name for record in records) == ["fft", "lora"]
+    shown = command(*sweep, "seeds=3", "status=true").stdout
+    assert "uuid │ 2" in shown.replace("  ", " ").replace("  ", " ") and "min left" in shown
+    [line] = [line for line in shown.splitlines() if line.startswith("│ uuid")]
+    assert [part.strip() for part in line.strip("│").split("│")] == ["uuid", "2", "0", "4", "0", "0", "0"]
+
+
+@pytest.mark.slow
+def test_a_search_tries_every_setting_and_then_runs_the_best(tmp_path):
+    """Each cell of a tiny table: six tries, two further ones, then the seed with what was found."""
+    overrides = [text for text in TINY if not text.startswith(("task=", "task.", "scale="))]
+    small = ["task.train_limit=12", "task.test_limit=4", "training.steps=4", "training.warmup_steps=0"]
+    table = {"name": "own", "title": "own", "task": "gsm8k", "rows": [{"method": "fft"}]}
+    table["overrides"] = [*overrides, *small, "training.evaluate_at=[4]"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(table))
+    sweep = Sweep(
+        table=None,
+        cells=str(tmp_path / "own.yaml"),
+        scale="mini",
+        seeds=1,
+        search=True,
+        workers=2,
+        status=False,
+        out="",
+    )
+    store, [cell] = Store(tmp_path), sweep.all_cells()
+    counts = []
+    while jobs := [job for job in planned([cell], sweep, store) if store.finished(job.spec.id) is None]:
+        counts.append(len(jobs))
+        assert run_jobs(jobs, store, workers=2) == 0
+    assert counts == [6, 1, 1, 1]
+    records, _ = store.load_all()
+    [final] = [record for record in records if record.spec.seed == 0]
+    found = search(cell, records)
+    assert found.finished and final.spec.lr == dict(found.best)["lr"]
+
+
+@pytest.mark.slow
+def test_two_sweeps_at_once_share_the_runs(tmp_path):
+    command = [sys.executable, "-c", SWEEP, str(tmp_path), *TINY, "training.steps=60"]
+    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    records, _ = Store(tmp_path).load_all()
+    assert sorted(record.spec.method.name for record in records) == ["fft", "lora", "mora"]
+    for record in records:
+        log = (Store(tmp_path).work(record.id) / "log.txt").read_text()
+        assert log.count("parameters are trained") == 1, log  # run once
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_tried_once_more_and_then_left(tmp_path, capfd):
+    store = Store(tmp_path)
+    job = Job.of(["method=fft", *TINY, f"task.data={tmp_path / 'nowhere'}".replace("task.data", "+task.data")])
+    assert run_jobs([job], store, workers=1) == 1
+    said = capfd.readouterr().err.replace("\n", " ")
+    assert said.count("failed, and is tried once more") == 1 and said.count("failed: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -133,9 +161,9 @@ def test_the_mini_recipes_are_the_best_of_the_search_that_is_recorded(names, row
         (["out=/dev/null/x"], "out=/dev/null/x can't be written"),
         (["out=/proc/x"], "out=/proc/x can't be written"),
         (["seeds=three"], "seeds='three'"),
-        (["seeds=0"], "seeds=0: "),
+        (["seeds=-1"], "seeds=-1: "),
         (["seeds=101"], "seeds=101: "),
-        (["search=true", "search_seed=1"], "search_seed=1: "),
+        (["cells=/nowhere.yaml"], "cells=/nowhere.yaml can't be read"),
         (["workers=-1"], "workers=-1: "),
         (["scale=huge"], "scale=huge is not known"),
         (["scale=paper"], "python scripts/sweep.py 'table=[2]' scale=mini"),

@@ -1,4 +1,4 @@
-"""Many runs at a time on one machine: the cells of a table, each a process of `train.py`."""
+"""Many runs at a time on one machine: the searches and runs of tables' cells, each a process of `train.py`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table as Grid
 
+from .disk import write_atomically
 from .errors import UserError
+from .results.aggregate import by_kind
 from .results.records import Store
-from .results.search import tries, write_search
+from .results.search import Search, search, settled, table
 from .signals import answered_by, interrupt
 from .spec import INTERRUPTED, RunSpec, compose_config
-from .spec.compose import ROOT
+from .spec.compose import ROOT, options
 from .spec.run_spec import Strict, script_config
-from .spec.table import FIRST_SEARCH_SEED, load_table
+from .spec.table import FIRST_SEARCH_SEED, Cell, load_table, read_table
 
 POLL_SECONDS = 0.5
+ATTEMPTS = 2  # at a run that fails
 
 
 @dataclass(frozen=True)
@@ -44,57 +51,158 @@ class Job:
 def main(config: DictConfig) -> int:
     """`python scripts/sweep.py`; the exit status: 0, 1 where a run failed, 130 when interrupted."""
     sweep = script_config(Sweep, config, "sweep")
+    cells = sweep.all_cells()
+    store = Store(sweep.out)
+    if sweep.status:
+        return show_status(cells, sweep, store)
     if sweep.scale == "paper" and not _gpus():
-        names = ",".join(sweep.tables)
         raise UserError(
             f"scale=paper needs a CUDA GPU, and torch finds none. What runs here: "
-            f"python scripts/sweep.py 'table=[{names}]' scale=mini"
+            f"python scripts/sweep.py 'table=[{','.join(sweep.tables)}]' scale=mini"
         )
-    cells = list(dict.fromkeys(cell for name in sweep.tables for cell in load_table(name).cells(sweep.scale)))
-    store = Store(sweep.out)
-    if sweep.search:
-        overrides = [[*cell.overrides(sweep.search_seed), *extra] for cell in cells for extra in tries(cell)]
-    else:
-        overrides = [cell.overrides(seed) for cell in cells for seed in range(sweep.seeds)]
-    jobs = list({job.spec.id: job for job in map(Job.of, overrides)}.values())
+    status, tried = 0, set[str]()
     with store.explained():
-        status = run_jobs(jobs, store, sweep.workers)
-        if sweep.search and all(_is_tried(store, job) for job in jobs):
-            name = f"{'-'.join(sweep.tables)}-{sweep.scale}"
-            write_search([job.spec for job in jobs], store, store.out / "search" / f"{name}.csv")
-            return 0
+        # A search's next try, and a cell's settings, follow from the records of the tries before.
+        while jobs := [job for job in planned(cells, sweep, store) if job.spec.id not in tried]:
+            tried |= {job.spec.id for job in jobs}
+            status = max(status, run_jobs(jobs, store, sweep.workers))
+            if status == INTERRUPTED:
+                return status
+        if sweep.search:
+            write_searches(cells, store)
     return status
 
 
 class Sweep(Strict):
-    """conf/scripts/sweep.yaml, validated. The seeds of tables and those of searches are kept apart."""
+    """conf/scripts/sweep.yaml, validated. The seeds of tables and that of searches are kept apart."""
 
-    table: str | int | tuple[str | int, ...]
+    table: str | int | tuple[str | int, ...] | None
+    cells: str | None
     scale: str
-    seeds: int = Field(ge=1, le=FIRST_SEARCH_SEED)
+    seeds: int = Field(ge=0, le=FIRST_SEARCH_SEED)
     search: bool
-    search_seed: int = Field(ge=FIRST_SEARCH_SEED)
     workers: PositiveInt | None
+    status: bool
     out: str
 
     @property
     def tables(self) -> list[str]:
-        return [str(name) for name in (self.table if isinstance(self.table, tuple) else (self.table,))]
+        if self.table is None:
+            return []
+        names = [str(name) for name in (self.table if isinstance(self.table, tuple) else (self.table,))]
+        return options("table") if names == ["all"] else names
+
+    def all_cells(self) -> list[Cell]:
+        """The different cells of the tables and of the user's own file. Raises UserError where there are none."""
+        if self.table is None and self.cells is None:
+            raise UserError(
+                f"which runs? table=<name>, of {', '.join(options('table'))} or all, or cells=<file> in their form"
+            )
+        tables = [load_table(name) for name in self.tables]
+        tables += [read_table(Path(self.cells))] if self.cells else []
+        return list(dict.fromkeys(cell for each in tables for cell in each.cells(self.scale)))
 
 
-def _is_tried(store: Store, job: Job) -> bool:
-    """Whether a try has a result; that it diverged is one."""
+def planned(cells: Sequence[Cell], sweep: Sweep, store: Store) -> list[Job]:
+    """All runs of the cells that are known so far: the tries of a search and, once it has ended, a run per seed."""
+    near = by_kind(store.load_all()[0])
+    jobs: dict[str, Job] = {}
+    for cell in cells:
+        records = near.get((cell.method, cell.r, cell.task, cell.scale), [])
+        if sweep.search and not (found := search(cell, records)).finished:
+            made = [cell.tried(setting) for setting in found.tries]
+        else:
+            taken = settled(cell, records)
+            made = [(taken.overrides(seed), taken.spec(seed)) for seed in range(sweep.seeds)]
+        jobs |= {spec.id: Job(tuple(overrides), spec) for overrides, spec in made}
+    return list(jobs.values())
+
+
+def write_searches(cells: Sequence[Cell], store: Store) -> None:
+    """Write all tries of the cells, a file per task and scale."""
+    near = by_kind(store.load_all()[0])
+    searches: dict[str, list[Search]] = {}
+    for cell in cells:
+        found = search(cell, near.get((cell.method, cell.r, cell.task, cell.scale), []))
+        searches.setdefault(f"{cell.task}-{cell.scale}", []).append(found)
+    for name, some in searches.items():
+        if any(found.records for found in some):
+            path = store.out / "search" / f"{name}.csv"
+            write_atomically(path, table(some).to_csv(index=False))
+            print(f"all tries: {path}")
+
+
+def show_status(cells: Sequence[Cell], sweep: Sweep, store: Store) -> int:
+    """What is done, running, failed and left, until all is done or ctrl-C ends the watching."""
+    console = Console()
+    with answered_by(interrupt, signal.SIGINT, signal.SIGTERM), Live(console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                jobs = planned(cells, sweep, store)
+                states = {job.spec.id: _state(job, store) for job in jobs}
+                live.update(_status(jobs, states, store), refresh=True)
+                if not console.is_terminal or not any(state == "running" for state in states.values()):
+                    return 0
+                time.sleep(2)
+        except KeyboardInterrupt:
+            return 0
+
+
+def _state(job: Job, store: Store) -> str:
     record = store.load(job.spec.id)
-    return record is not None and record.status in ("finished", "diverged")
+    if record and record.status in ("finished", "diverged"):
+        return record.status
+    if _is_locked(store, job):
+        return "running"
+    return record.status if record else "waiting"
+
+
+def _status(jobs: Sequence[Job], states: dict[str, str], store: Store) -> Grid:
+    """A line per task and state, those that run or failed by name, and the time left."""
+    grid = Grid("task", "finished", "running", "waiting", "interrupted", "diverged", "failed", title="runs")
+    by_task: dict[str, list[str]] = {}
+    for job in jobs:
+        by_task.setdefault(job.spec.task["name"], []).append(states[job.spec.id])
+    for task, some in by_task.items():
+        grid.add_row(task, *(str(some.count(str(column.header))) for column in grid.columns[1:]))
+    running = [job for job in jobs if states[job.spec.id] == "running"]
+    lines = [f"running: {title(job.spec)} {_note(store, job)}" for job in running]
+    lines += [f"failed: {title(job.spec)}" for job in jobs if states[job.spec.id] == "failed"]
+    took = [r.cost.wall_s for job in jobs if (r := store.finished(job.spec.id)) and r.cost]
+    left = sum(state in ("waiting", "interrupted", "running") for state in states.values())
+    if took and left:
+        minutes = left * sum(took) / len(took) / 60 / max(1, len(running))
+        at_once = f"{len(running)} at a time" if running else "one at a time"
+        lines.append(f"about {minutes:.0f} min left, {at_once}")
+    grid.caption = "\n".join(lines)
+    return grid
+
+
+def _note(store: Store, job: Job) -> str:
+    steps, total, note = _tail(store.work(job.spec.id) / "metrics.jsonl") or (0, None, "starting")
+    return f"{steps}/{total} {note}" if total else note
+
+
+def _is_locked(store: Store, job: Job) -> bool:
+    """Whether some process runs it now."""
+    path = store.work(job.spec.id).with_suffix(".lock")
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def run_jobs(jobs: list[Job], store: Store, workers: int | None = None) -> int:
-    """Run the jobs that have no finished record; the exit status as in `main`.
+    """Run the jobs that have no result yet; the exit status as in `main`.
 
-    Each run's output goes to `work/<id>/log.txt`. A run that fails is reported, and the rest goes on.
-    On SIGINT or SIGTERM every run saves a checkpoint and ends, and the next call goes on from there.
+    Each run's output goes to `work/<id>/log.txt`. A run that fails is tried once more, then reported, and the rest goes
+    on. What another sweep runs is left to it. On SIGINT or SIGTERM every run saves a checkpoint and ends, and the next
+    call goes on from there.
     """
-    waiting = [job for job in jobs if store.finished(job.spec.id) is None]
+    waiting = [job for job in jobs if not _has_result(store, job)]
     console = Console(stderr=True)
     console.print(
         f"{len(jobs)} runs, {len(jobs) - len(waiting)} finished before; records: {store.out / 'runs'}, "
@@ -116,6 +224,14 @@ def run_jobs(jobs: list[Job], store: Store, workers: int | None = None) -> int:
     return 1 if pool.failed else 0
 
 
+def _has_result(store: Store, job: Job) -> bool:
+    """Whether it finished; that a try of a search diverged is a result too."""
+    record = store.load(job.spec.id)
+    if record is None:
+        return False
+    return record.status == "finished" or (record.status == "diverged" and job.spec.seed == FIRST_SEARCH_SEED)
+
+
 @dataclass(frozen=True)
 class Running:
     """A job's process, its line on the screen, and its slot (the GPU it has to itself, where there are any)."""
@@ -133,7 +249,9 @@ class Pool:
         self.store = store
         self.console = console
         self.running: dict[str, Running] = {}
+        self.attempts: dict[str, int] = {}
         self.failed: list[Job] = []
+        self.waiting: list[Job] = []
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),  # narrow, so that all has place in 80 columns
@@ -160,13 +278,28 @@ class Pool:
         self.progress.stop()
 
     def work(self, jobs: list[Job], workers: int) -> None:
-        waiting = list(jobs)
-        while waiting or self.running:
+        # The first run of each base comes first, so that no worker waits while another trains the base of both.
+        by_base = {job.spec.model.base_id: job for job in reversed(jobs)}
+        first = [job for job in jobs if by_base[job.spec.model.base_id] is job]
+        self.waiting = [*first, *(job for job in jobs if job not in first)]
+        while self.waiting or self.running:
             for slot in sorted(set(range(workers)) - {running.slot for running in self.running.values()}):
-                if waiting:
-                    self._start(waiting.pop(0), slot)
+                if (job := self._next()) is not None:
+                    self._start(job, slot)
             time.sleep(POLL_SECONDS)
             self._look(len(jobs))
+
+    def _next(self) -> Job | None:
+        """The next job that no other sweep runs, or has run meanwhile; None where there is none now."""
+        for job in list(self.waiting):
+            if _has_result(self.store, job):
+                self.waiting.remove(job)
+                self.done += 1
+                self.console.print(f"done by another sweep: {title(job.spec)}", highlight=False, soft_wrap=True)
+            elif not _is_locked(self.store, job):
+                self.waiting.remove(job)
+                return job
+        return None
 
     def stop(self) -> None:
         """Ask every run that still runs to save and end, and wait for it."""
@@ -192,7 +325,11 @@ class Pool:
                 env=environment,
                 start_new_session=True,
             )
+        cores = sorted(os.sched_getaffinity(0))
+        if not gpus and job.spec.training.threads == 1 and slot < len(cores):
+            os.sched_setaffinity(process.pid, {cores[slot]})
         line = self.progress.add_task(title(job.spec), total=None, note="starting")
+        self.attempts[job.spec.id] = self.attempts.get(job.spec.id, 0) + 1
         self.running[job.spec.id] = Running(job, process, line, slot)
 
     def _look(self, jobs: int) -> None:
@@ -207,17 +344,27 @@ class Pool:
                 continue
             del self.running[run_id]
             self.progress.remove_task(running.line)
-            self.done += 1
-            record = self.store.finished(run_id)
-            if record is None:
-                self.failed.append(job)
+            record = self.store.load(run_id)
+            if record is None or not _has_result(self.store, job):
                 log = self.store.work(run_id) / "log.txt"
+                # A loss that diverged would do so again.
+                again = self.attempts[run_id] < ATTEMPTS and not (record and record.status == "diverged")
+                what = "failed, and is tried once more" if again else "failed"
                 self.console.print(
-                    f"failed: {title(job.spec)}: {_last_line(log)} ({log})",
+                    f"{what}: {title(job.spec)}: {_last_line(log)} ({log})",
                     highlight=False,
                     soft_wrap=True,
                     style="red",
                 )
+                if again:
+                    self.waiting.append(job)
+                else:
+                    self.failed.append(job)
+                    self.done += 1
+                continue
+            self.done += 1
+            if record.status == "diverged":
+                self.console.print(f"diverged: {title(job.spec)}{self._left()}", highlight=False, soft_wrap=True)
                 continue
             scores = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items())
             self.console.print(f"done: {title(job.spec)}: {scores}{self._left()}", highlight=False, soft_wrap=True)

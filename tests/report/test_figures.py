@@ -67,8 +67,10 @@ def test_what_has_not_run_is_named_and_the_rest_keeps_its_style():
 def test_the_same_records_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         save(draw("figure3", "mini", records_of("figure3", seeds=2))[0], tmp_path / name / "figure3-mini")
-    for suffix in ("png", "pdf"):
+    for suffix in ("png", "svg", "pdf"):
         first, second = ((tmp_path / name / f"figure3-mini.{suffix}").read_bytes() for name in ("a", "b"))
         assert first == second and len(first) > 5000
     assert b"CreationDate" not in first
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["figure3-mini.pdf", "figure3-mini.png"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        f"figure3-mini.{suffix}" for suffix in ("pdf", "png", "svg")
+    ]

@@ -13,17 +13,20 @@ from mora_repro.results.records import Store
 from mora_repro.spec.table import Cell, load_table
 
 FILES = [
-    *(f"figures/figure{n}-mini.{suffix}" for n in (2, 3) for suffix in ("pdf", "png")),
-    *(f"tables/table2-mini.{suffix}" for suffix in ("csv", "md", "tex")),
+    *(f"figures/figure{n}-mini.{suffix}" for n in (2, 3) for suffix in ("pdf", "png", "svg")),
+    *(f"tables/{name}-mini.{suffix}" for name in ("table2", "tasks") for suffix in ("csv", "md", "tex")),
+    *(f"tables/{name}-mini.{suffix}" for name in ("table5", "verdicts") for suffix in ("csv", "md")),
+    "report.html",
 ]
 
 
 def report(out, scale=None):
-    return main(OmegaConf.create({"out": str(out), "scale": scale}))
+    return main(OmegaConf.create({"out": str(out), "scale": scale, "peers": None}))
 
 
 def written(out):
     files = [path for folder in ("figures", "tables") for path in sorted((out / folder).glob("*"))]
+    files += [path for path in [out / "report.html"] if path.exists()]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
@@ -36,30 +39,32 @@ def test_it_writes_all_files_and_the_same_bytes_again(tmp_path, capsys):
     save(tmp_path, table_records(THREE_SEEDS))
     assert report(tmp_path) == 0
     first = written(tmp_path)
-    assert list(first) == FILES
+    assert sorted(first) == sorted(FILES)
     said = capsys.readouterr().out
-    assert "Table 2" in said and "MoRA learns faster" in said
+    assert "Table 2" in said and "MoRA memorises faster" in said and "12 of 17 claims have no runs yet" in said
     assert f"{tmp_path}/tables/table2-mini.md" in said
     assert "(not run: LoRA r=2, LoRA r=8, LoRA r=16, LoRA r=64)" in said
     assert report(tmp_path) == 0
     assert written(tmp_path) == first
 
 
-def test_a_try_of_the_search_changes_nothing(tmp_path):
+def test_a_try_of_the_search_changes_no_table_and_no_figure(tmp_path):
     save(tmp_path, table_records(THREE_SEEDS))
     report(tmp_path)
     before = written(tmp_path)
     lora = Cell("lora", 4, "uuid", "mini")
     save(tmp_path, [record(lora, 100, [99] * 4), record(lora, 0, [99] * 4, overrides=["lr=3.3e-3"])])
     report(tmp_path)
-    assert written(tmp_path) == before
+    after = written(tmp_path)
+    assert after.pop("report.html") != before.pop("report.html")  # it shows all tries
+    assert after == before
 
 
 def test_each_scale_has_files_of_its_own(tmp_path):
     save(tmp_path, [*table_records(THREE_SEEDS), *table_records({("lora", 8): [3.0]}, "paper")])
     report(tmp_path)
     both = written(tmp_path)
-    assert len(both) == 14
+    assert len(both) == 2 * (len(FILES) - 1) + 1
     assert b"mini-uuid" not in both["tables/table2-paper.csv"] and b"paper-uuid" not in both["tables/table2-mini.csv"]
 
 
@@ -105,7 +110,7 @@ def test_the_report_needs_no_torch():
 def test_the_command(command_here, tmp_path):
     save(tmp_path, table_records(THREE_SEEDS))
     done = command_here("scripts/report.py", f"out={tmp_path}", "scale=mini")
-    assert "MoRA learns faster" in done.stdout and done.stderr == ""
+    assert "MoRA memorises faster" in done.stdout and done.stderr == ""
     assert max(map(len, done.stdout.splitlines()[:20])) <= 80
     failed = command_here("scripts/report.py", f"out={tmp_path}", "scale=paper", check=False)
     assert failed.returncode == 2 and failed.stderr.startswith("error: ")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mora_repro.results.records import Curve, Data, Environment, Evaluation, Parameters, Record
+from mora_repro.results.records import Cost, Curve, Data, Environment, Evaluation, Parameters, Record
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.spec.table import Cell, load_table
 
@@ -22,12 +22,19 @@ def record(
     status: str = "finished",
     loss: float = 1.0,
     base_sha256: str | None = None,
+    metric: str = "char_accuracy",
+    stderr: float | None = None,
 ) -> Record:
-    """A run of the cell whose accuracy at its evaluation steps is the given one; its loss is constant."""
+    """A run of the cell whose metric at its evaluation steps is the given one; its loss is constant."""
     changed = [*cell.overrides(seed), *overrides]
     spec = RunSpec.from_config(compose_config(changed)) if overrides else cell.spec(seed)
-    steps = spec.training.evaluate_at
+    steps = spec.training.evaluate_at or (spec.training.steps,)
     assert len(accuracy) == len(steps)
+    errors = {} if stderr is None else {metric: stderr}
+    evaluations = [
+        Evaluation(step=step, metrics={metric: value}, stderr=errors)
+        for step, value in zip(steps, accuracy, strict=True)
+    ]
     return Record(
         id=spec.id,
         status=status,  # type: ignore[arg-type]
@@ -35,12 +42,12 @@ def record(
         command="made up",
         started="2024-01-01T00:00:00+00:00",
         environment=NOWHERE,
-        data=Data(fingerprint="", examples=1, tokens=1, truncated=0, dropped=0, base=None, base_sha256=base_sha256),
+        data=Data(fingerprint="", examples=64, tokens=1, truncated=0, dropped=0, base=None, base_sha256=base_sha256),
         parameters=Parameters(trainable=trainable or TRAINABLE[cell.method] * (cell.r or 1), total=10**6),
         curve=Curve(step=list(range(1, 301)), loss=[loss] * 300, lr=[1e-3] * 300),
-        evaluations=[
-            Evaluation(step=step, metrics={"char_accuracy": value}) for step, value in zip(steps, accuracy, strict=True)
-        ],
+        evaluations=evaluations,
+        cost=Cost(wall_s=60.0, train_s=40.0, tokens_per_s=1000.0, peak_memory_mb=500.0),
+        metrics=evaluations[-1].metrics,
     )
 
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 from results.made import record
+from scipy import stats
 
-from mora_repro.results.aggregate import Interval, collect, leader, paired_difference
+from mora_repro.results.aggregate import Interval, collect, holm, p_value, paired_difference, winner
 from mora_repro.spec.table import FIRST_SEARCH_SEED, Cell
 
 LORA = Cell("lora", 4, "uuid", "mini")
@@ -35,7 +36,7 @@ def test_a_record_with_another_setting_is_no_record_of_the_cell(overrides):
     other = record(LORA, 1, [90, 90, 90, 90], overrides=overrides)
     [result] = collect([LORA], [own, other])
     assert result.records == {0: own}
-    assert result.at_step("char_accuracy", 300) == Interval(4.0, math.inf, 1)
+    assert result.final("char_accuracy") == {0: 4.0}
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted"])
@@ -57,31 +58,58 @@ def test_scales_do_not_mix():
     assert found == [records[:1], records[1:]]
 
 
-def test_a_seed_without_all_steps_has_no_mean_over_them():
-    whole, torn = record(LORA, 0, [1, 2, 3, 6]), record(LORA, 1, [1, 2, 3, 4])
-    torn = torn.model_copy(update={"evaluations": torn.evaluations[:3]})
-    [result] = collect([LORA], [whole, torn])
-    assert result.mean_by_seed("char_accuracy", [75, 150, 225, 300]) == {0: 3.0}
-    assert [result.at_step("char_accuracy", step).n for step in (75, 300)] == [2, 1]
-    assert result.at_step("char_accuracy", 76) is None
+def test_the_mean_over_the_steps_is_higher_where_it_is_learnt_earlier():
+    [result] = collect([LORA], [record(LORA, 0, [1, 2, 3, 6]), record(LORA, 1, [6, 6, 6, 6])])
+    assert result.mean_over_steps("char_accuracy") == {0: 3.0, 1: 6.0}
+    assert result.by_step("char_accuracy")[0] == {75: 1, 150: 2, 225: 3, 300: 6}
+    assert result.final("char_accuracy") == {0: 6, 1: 6}
+    assert result.mean_over_steps("exact") == {} == result.final("exact")
+
+
+def test_p_values_are_those_of_scipy_s_paired_test():
+    ours, theirs = [3.0, 5.0, 4.0, 7.0], [1.0, 2.0, 3.5, 4.0]
+    assert p_value([a - b for a, b in zip(ours, theirs)]) == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    assert p_value([2.0, 2.0]) == 0 and p_value([0.0, 0.0]) == 1
+
+
+def test_holm_s_correction_is_the_one_computed_by_hand():
+    # 0.01 * 4, 0.02 * 3, 0.03 * 2, and the largest never below one before it.
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def seeds(*values: float) -> dict[int, float]:
+    return dict(enumerate(values))
 
 
 @pytest.mark.parametrize(
-    ("intervals", "expected"),
+    ("rows", "expected"),
     [
-        ([Interval(50, 5, 3), Interval(60.1, 5, 3)], 1),
-        ([Interval(50, 5, 3), Interval(60, 5, 3)], None),  # they touch
-        ([Interval(40, 25, 3), Interval(50, 1, 3), Interval(60, 1, 3)], None),  # the third's wide interval reaches
-        ([Interval(50, math.inf, 1), Interval(90, math.inf, 1)], None),
-        ([Interval(99, math.inf, 1), Interval(50, 1, 3), Interval(40, 1, 3)], None),  # the best has one seed
-        ([Interval(10, math.inf, 1), Interval(50, 1, 3)], None),
-        ([None, Interval(50, 1, 3), Interval(40, 1, 3)], 1),
-        ([None, Interval(50, 1, 3)], None),
-        ([Interval(100, 0, 3), Interval(100, 0, 3)], None),
+        ([seeds(50, 51, 52), seeds(60, 61, 62.1)], 1),
+        ([seeds(50, 90, 10), seeds(52, 92.1, 12)], 1),  # paired by seed: 2 points always
+        ([seeds(50, 51, 52), seeds(53, 51, 60)], None),
+        ([seeds(50), seeds(90)], None),  # one seed
+        ([seeds(99), seeds(50, 51, 52)], None),  # the best shares one seed with the other
+        ([seeds(), seeds(50, 51, 52), seeds(40, 41, 42)], 1),
+        ([seeds(), seeds(50, 51, 52)], None),
+        ([seeds(100, 100, 100), seeds(100, 100, 100)], None),
+        ([seeds(40, 41, 42), seeds(50, 51, 52), seeds(49, 52, 50)], None),  # one is apart, the other is not
     ],
 )
-def test_a_row_leads_only_where_no_other_interval_reaches_its_own(intervals, expected):
-    assert leader(intervals) == expected
+def test_a_row_wins_only_where_it_is_better_than_every_other(rows, expected):
+    assert winner(rows, "char_accuracy") == expected
+
+
+def test_where_lower_is_better_the_lowest_wins():
+    assert winner([seeds(50, 51, 52), seeds(60, 61, 62.1)], "perplexity") == 0
+
+
+def test_many_comparisons_ask_for_more_than_one_does():
+    close = seeds(1.0, 2.0, 1.6)
+    apart = seeds(0, 0, 0)
+    assert 0.025 < p_value(list(close.values())) < 0.05
+    assert winner([close, apart], "m") == 0
+    assert winner([close, apart, dict(apart)], "m") is None
 
 
 def test_differences_are_paired_by_seed():

@@ -1,4 +1,4 @@
-"""Figures 2 and 3: training loss by step."""
+"""Figures 2 to 4: training loss by step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..disk import write_atomically
 from ..results.aggregate import CellResult, collect
 from ..results.records import Record
-from ..spec import RunSpec
 from ..spec.table import load_table
+
+NAMES = ("figure2", "figure3", "figure4")
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; line styles tell the curves apart in grey.
 BLACK = "#000000"
@@ -32,31 +33,79 @@ BY_METHOD = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = [(0, dashes) for dashes in ((1, 1), (4, 1.2), (5, 1, 1, 1), (9, 1.5), (5, 1, 1, 1, 1, 1), (11, 1, 2, 1))]
 
 # Text stays text in the PDF, with its font.
-STYLE: dict[Any, Any] = {"pdf.fonttype": 42, "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8.5}
+STYLE: dict[Any, Any] = {
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mora",  # the same bytes for the same figure
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "legend.fontsize": 8.5,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A cell's training loss by step: smoothed, then mean, smallest and largest over the seeds."""
+
+    result: CellResult
+    mean: pd.Series
+    low: pd.Series
+    high: pd.Series
+
+
+def curves(name: str, scale: str, records: Sequence[Record]) -> tuple[list[Curve], list[CellResult]]:
+    """The curves of a figure of conf/table, and all its cells, also those that have not run."""
+    results = collect(load_table(name).cells(scale), records)
+    return [_smoothed(result) for result in results if result.records], results
+
+
+def title(name: str, scale: str) -> str:
+    return f"{load_table(name).title} (scale {scale})"
+
+
+def _smoothed(result: CellResult) -> Curve:
+    losses = pd.DataFrame(
+        {seed: pd.Series(r.curve.loss, index=r.curve.step) for seed, r in result.records.items() if r.curve}
+    )
+    spec = result.cell.spec(0)
+    window = max(1, round(_window(result) / spec.training.log_every))  # a logged loss is a mean since the last one
+    smooth = losses.rolling(window, center=True, min_periods=1).mean()
+    return Curve(result, smooth.mean(axis=1), smooth.min(axis=1), smooth.max(axis=1))
+
+
+def _window(result: CellResult) -> int:
+    """Steps that a loss is averaged over: an epoch where there are many, since over fewer it differs by which samples
+    were drawn; else a fiftieth of the run."""
+    [record, *_] = result.records.values()
+    assert record.curve is not None and record.data is not None  # it finished
+    steps = record.curve.step[-1]
+    epoch = math.ceil(record.data.examples / record.spec.training.batch_size)
+    return epoch if 10 * epoch <= steps else max(1, steps // 50)
 
 
 def draw(name: str, scale: str, records: Sequence[Record]) -> tuple[Figure, list[str]]:
     """A figure of conf/table, and the names of its cells that have not run (a note under it has them too)."""
-    table = load_table(name)
-    results = collect(table.cells(scale), records)
-    ran = [result for result in results if result.records]
+    found, results = curves(name, scale, records)
     missing = [result.cell.name for result in results if not result.records]
-    spec = results[0].cell.spec(0)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-        for result in ran:
-            _curve(axes, result, *_style(result, results))
+        for curve in found:
+            colour, line = style(curve.result, results)
+            label = curve.result.cell.name
+            axes.plot(curve.mean.index, curve.mean, color=colour, linestyle=line, linewidth=1.6, label=label)
+            if len(curve.result.records) > 1:
+                axes.fill_between(curve.mean.index, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("training step")
-        axes.set_ylabel(f"training loss (mean over an epoch, {_epoch(spec)} steps)")
-        axes.set_title(f"{table.title} (scale {scale})")
+        axes.set_ylabel(f"training loss (mean over {_window(found[0].result)} steps)" if found else "training loss")
+        axes.set_title(title(name, scale))
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-        if ran:
+        if found:
             axes.legend(frameon=False, handlelength=3.6)
-        note = textwrap.fill(_note(ran, missing), 105)
+        note = textwrap.fill(_note([curve.result for curve in found], missing), 105)
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="#444444")
     return figure, missing
 
@@ -74,30 +123,11 @@ def _note(ran: Sequence[CellResult], missing: Sequence[str]) -> str:
     return lines + (f" Not run: {', '.join(missing)}." if missing and ran else "")
 
 
-def _curve(axes: Axes, result: CellResult, colour: str, line: Any) -> None:
-    """Mean over seeds of the smoothed loss, in a band from the smallest to the largest seed's."""
-    losses = pd.DataFrame(
-        {seed: pd.Series(r.curve.loss, index=r.curve.step) for seed, r in result.records.items() if r.curve}
-    )
-    spec = result.cell.spec(0)
-    window = max(1, round(_epoch(spec) / spec.training.log_every))  # a logged loss is a mean since the last one
-    smooth = losses.rolling(window, center=True, min_periods=1).mean()
-    axes.plot(smooth.index, smooth.mean(axis=1), color=colour, linestyle=line, linewidth=1.6, label=result.cell.name)
-    if smooth.shape[1] > 1:
-        low, high = smooth.min(axis=1), smooth.max(axis=1)
-        axes.fill_between(smooth.index, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def _epoch(spec: RunSpec) -> int:
-    """Steps per epoch: over fewer, the loss differs by which pairs were drawn."""
-    return math.ceil(spec.task["pairs"] / spec.training.batch_size)
-
-
-def _style(result: CellResult, results: Sequence[CellResult]) -> tuple[str, Any]:
+def style(result: CellResult, results: Sequence[CellResult]) -> tuple[str, Any]:
     """Every curve has a line of its own; colours go by rank where one method has ranks, else by method."""
-    if result.cell.r is None:
+    if result.cell.method == "fft":
         return BLACK, "-"
-    cells = [each.cell for each in results if each.cell.r is not None]
+    cells = [each.cell for each in results if each.cell.method != "fft"]
     methods = list(dict.fromkeys(cell.method for cell in cells))
     place = cells.index(result.cell)
     colour = BY_RANK[place % 6] if len(methods) == 1 else BY_METHOD[methods.index(result.cell.method) % 6]
@@ -105,13 +135,14 @@ def _style(result: CellResult, results: Sequence[CellResult]) -> tuple[str, Any]
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `path`.png (160 dpi) and `path`.pdf, each whole or not at all, the same bytes for the same figure.
+    """Write `path`.png (160 dpi), .pdf and .svg, each whole or not at all, the same bytes for the same figure.
 
     Raises OSError where they can't be written. The figure is closed.
     """
     metadata: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+        "svg": {"Date": None, "Creator": None},
     }
     for suffix, fields in metadata.items():
         buffer = io.BytesIO()

@@ -1,23 +1,28 @@
-"""Table 2 in a terminal of 80 columns or more."""
+"""A table in a terminal of 80 columns or more."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from .table2 import SEVERAL_BASES, Table2, shown, shown_paper
+from .tables import SEVERAL_BASES, View, paper_title, shown, shown_paper
+from .verdicts import Verdict
 
-ROOMY = 104  # columns from which an interval has place beside its mean, else it goes below
+ROOMY = (
+    9  # columns of the terminal for each value, from which an interval has place beside its mean, else it goes below
+)
 
 
-def grid(table: Table2, width: int) -> Grid:
-    """Ours by step, then the paper's, for a terminal `width` columns wide."""
-    between = " ±" if width >= ROOMY else "\n±"
-    best = table.best()
+def grid(view: View, width: int) -> Grid:
+    """Ours, then the paper's, for a terminal `width` columns wide."""
+    between = " ±" if width >= 34 + ROOMY * 2 * len(view.columns) else "\n±"
+    winners = view.winners()
     lines = Grid(
-        title=f"Table 2: character accuracy (%) by training step, scale {table.scale}",
-        caption=_notes(table),
+        title=f"{view.name}: {view.table.title}, scale {view.scale}",
+        caption=_notes(view),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -25,38 +30,56 @@ def grid(table: Table2, width: int) -> Grid:
     lines.add_column("\nmethod")  # the one that is wrapped where the terminal is too narrow
     for name in ("trained\nparams", "\nseeds"):
         lines.add_column(name, justify="right", no_wrap=True)
-    for group, steps in (("ours", table.steps), ("paper", table.paper_steps)):
+    for group, titles in (("ours", view.titles), ("paper", [paper_title(column) for column in view.columns])):
         lines.add_column("", no_wrap=True)  # a gap between the groups
-        for index, step in enumerate(steps):
-            lines.add_column(f"{group if index == 0 else ''}\n{step}", justify="right", no_wrap=True)
-    for index, row in enumerate(table.rows):
-        ours = [shown(interval, between) if interval else "-" for interval in row.ours]
-        ours = [f"[bold]{text}[/bold]" if first == index else text for text, first in zip(ours, best, strict=True)]
+        for index, title in enumerate(titles):
+            lines.add_column(f"{group if index == 0 else ''}\n{title}", justify="right", no_wrap=True)
+    for index, line in enumerate(view.lines):
+        ours = [shown(entry, between) if entry.values else "-" for entry in line.entries]
+        ours = [f"[bold]{text}[/bold]" if first == index else text for text, first in zip(ours, winners, strict=True)]
         lines.add_row(
-            escape(row.result.cell.name),
-            _short(row.result.trainable) + ("†" if row.off_budget else ""),
-            str(len(row.result.records)) if row.result.records else "not run",
+            escape(line.name),
+            _short(line.trainable) + ("†" if line.off_budget else ""),
+            str(len(line.seeds)) if line.seeds else "not run",
             "",
             *ours,
             "",
-            *(f"[dim]{shown_paper(value)}[/dim]" for value in row.paper),
+            *(f"[dim]{shown_paper(entry.paper)}[/dim]" for entry in line.entries),
         )
     return lines
 
 
-def _notes(table: Table2) -> str:
-    notes = [f"ours: {table.model}, {table.all_steps:,} steps; paper: LLaMA-2 7B, {table.paper_all_steps:,} steps"]
-    if table.scale == "mini":
+def _notes(view: View) -> str:
+    notes = []
+    if view.scale == "mini":
         notes.append("the scales differ: compare the order of the methods, not the numbers")
-    if len(table.seeds) > 1:
-        notes.append("±: 95 % t-interval over seeds; bold: its interval lies above all others")
-    if any(row.off_budget for row in table.rows):
+    if len(view.seeds) > 1:
+        notes.append("±: 95 % t-interval over seeds; bold: better than all others (paired, Holm, 5 %)")
+    if any(line.off_budget for line in view.lines):
         notes.append("†: trainable parameters more than 2 % off LoRA's at the same r")
-    if table.bases > 1:
-        notes.append(SEVERAL_BASES.format(table.bases))
-    if table.missing:
-        notes.append(f"not run: {len(table.missing)} of {len(table.rows)} rows")
+    if view.bases > 1:
+        notes.append(SEVERAL_BASES.format(view.bases))
+    if view.missing:
+        notes.append(f"not run: {len(view.missing)} of {view.cells} cells")
     return "\n".join(notes)
+
+
+COLOURS = {"holds": "green", "does not hold": "red", "cannot tell": "yellow", "not run": "dim"}
+
+
+def said(found: Sequence[Verdict]) -> Grid:
+    """The claims with their verdicts; those that have not run are counted below."""
+    lines = Grid(title="The paper's claims", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=False)
+    lines.add_column(ratio=5)
+    lines.add_column(no_wrap=True)
+    lines.add_column(ratio=6)
+    for each in found:
+        if each.word != "not run":
+            colour = COLOURS[each.word]
+            lines.add_row(escape(each.claim.claim), f"[{colour}]{each.word}[/{colour}]", escape(each.reason))
+    if left := sum(each.word == "not run" for each in found):
+        lines.caption = f"{left} of {len(found)} claims have no runs yet"
+    return lines
 
 
 def _short(count: int | None) -> str:

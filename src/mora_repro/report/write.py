@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import pandas as pd
 from omegaconf import DictConfig
 from rich.console import Console
 
 from ..disk import write_atomically
 from ..errors import UserError
-from ..results.aggregate import collect
 from ..results.records import Record, Store
 from ..spec.compose import options
-from ..spec.table import load_table
-from . import figures, table2
-from .sentence import sentence
-from .terminal import grid
+from . import figures, html, peers, recipes, tables, verdicts
+from .terminal import grid, said
 
-FIGURES = ("figure2", "figure3")
+TABLES = ("1", "2", "3", "4", "6", "7", "tasks")
 
 
 def main(config: DictConfig) -> int:
@@ -30,49 +29,68 @@ def main(config: DictConfig) -> int:
     records, problems = store.load_all()
     for problem in problems:
         print(problem, file=sys.stderr)
-    scales = [scale for scale in ([config.scale] if config.scale else options("scale")) if _has_run(scale, records)]
-    if not scales:
+    views = {
+        scale: [view for name in TABLES if (view := tables.build(name, scale, records)).seeds]
+        for scale in ([config.scale] if config.scale else options("scale"))
+    }
+    if not any(views.values()):
         at = f" at scale={config.scale}" if config.scale else ""
-        others = f" ({len(records)} other records: searches and overridden runs join no table)" if records else ""
+        left_out = f" ({len(records)} other records: searches and overridden runs join no table)" if records else ""
         raise UserError(
-            f"out={config.out} has no finished run of Table 2 or its figures{at}{others}. Make them: "
+            f"out={config.out} has no finished run of a table{at}{left_out}. Make them: "
             f"python scripts/sweep.py table=2 scale={config.scale or 'mini'} seeds=3 out={config.out}"
         )
+    others: pd.DataFrame | None = None
+    if config.peers:
+        others, unread = peers.read(Path(config.peers))
+        for problem in unread:
+            print(problem, file=sys.stderr)
     try:
-        for scale in scales:
-            report(scale, records, store)
+        for scale in (scale for scale, some in views.items() if some):
+            report(scale, views[scale], records, store)
+        page = store.out / "report.html"
+        write_atomically(page, html.page({scale: some for scale, some in views.items() if some}, records, others))
+        if others is not None:
+            path = store.out / "tables" / "peers"
+            write_atomically(path.with_suffix(".md"), peers.markdown(others))
+            write_atomically(path.with_suffix(".csv"), others.to_csv(index=False))
+            print(f"peers:    {path}.md, .csv")
     except OSError as error:
         raise UserError(
             f"out={config.out} can't be written ({error}). Choose a folder that can, and copy runs/ there: out=<folder>"
         ) from error
+    print(f"report:   {page}")
     return 0
 
 
-def _has_run(scale: str, records: Sequence[Record]) -> bool:
-    cells = [cell for name in ("2", *FIGURES) for cell in load_table(name).cells(scale)]
-    return any(result.records for result in collect(cells, records))
-
-
-def report(scale: str, records: Sequence[Record], store: Store) -> None:
-    """Write Table 2 and Figures 2 and 3 of a scale, and print the table, what it shows, and the files."""
-    table = table2.build(scale, records)
-    tables = store.out / "tables" / f"table2-{scale}"
-    for suffix, text in (
-        (".md", table2.markdown(table)),
-        (".csv", table2.csv(table)),
-        (".tex", table2.latex(table)),
-    ):
-        write_atomically(tables.with_suffix(suffix), text)
-    files = [f"table 2:  {tables}.md, .csv, .tex"]
-    for name in FIGURES:
-        figure, missing = figures.draw(name, scale, records)
-        path = store.out / "figures" / f"{name}-{scale}"
-        figures.save(figure, path)
-        note = f" (not run: {', '.join(missing)})" if missing else ""
-        files.append(f"figure {name.removeprefix('figure')}: {path}.png, .pdf{note}")
+def report(scale: str, views: Sequence[tables.View], records: Sequence[Record], store: Store) -> None:
+    """Write the tables, figures and verdicts of a scale, and print them."""
     console = Console()
-    console.print(grid(table, console.width))
-    text, *command = sentence(table, str(store.out)).splitlines()
-    console.print(f"\n{text}", highlight=False, markup=False)
-    for line in [*command, "", *files]:  # none of them wrapped, so that they can be copied
+    files = []
+    for view in views:
+        path = store.out / "tables" / view.file
+        write_atomically(path.with_suffix(".md"), tables.markdown(view))
+        write_atomically(path.with_suffix(".csv"), tables.csv(view))
+        write_atomically(path.with_suffix(".tex"), tables.latex(view))
+        if view.has_every_column:
+            console.print(grid(view, console.width))
+        files.append(f"{view.name.lower() + ':':<9} {path}.md, .csv, .tex")
+    path = store.out / "tables" / f"table5-{scale}"
+    write_atomically(path.with_suffix(".md"), recipes.markdown(views, scale))
+    write_atomically(path.with_suffix(".csv"), recipes.used(views).to_csv(index=False))
+    files.append(f"table 5:  {path}.md, .csv")
+    found = verdicts.verdicts(scale, records)
+    path = store.out / "tables" / f"verdicts-{scale}"
+    write_atomically(path.with_suffix(".md"), verdicts.markdown(found, scale))
+    write_atomically(path.with_suffix(".csv"), verdicts.data(found).to_csv(index=False))
+    files.append(f"verdicts: {path}.md, .csv")
+    for name in figures.NAMES:
+        figure, missing = figures.draw(name, scale, records)
+        if not missing or figure.axes[0].lines:
+            path = store.out / "figures" / f"{name}-{scale}"
+            figures.save(figure, path)
+            note = f" (not run: {', '.join(missing)})" if missing else ""
+            files.append(f"figure {name.removeprefix('figure')}: {path}.png, .pdf, .svg{note}")
+    console.print(said(found), highlight=False)
+    for line in ["", *files]:  # none of them wrapped, so that they can be copied
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from scipy import stats
 
 from ..spec.table import FIRST_SEARCH_SEED, Cell
-from .records import Record
+from .records import Record, higher_is_better
+from .search import settled
 
 CONFIDENCE = 0.95
 
@@ -52,20 +53,18 @@ class CellResult:
         """The number of trainable parameters; None where no record has it."""
         return next((record.parameters.trainable for record in self.records.values() if record.parameters), None)
 
-    def at_step(self, metric: str, step: int) -> Interval | None:
-        """The metric at an evaluation step over the seeds; None where no record has it."""
-        found = [_values(record, metric) for record in self.records.values()]
-        values = [by_step[step] for by_step in found if step in by_step]
-        return Interval.of(values) if values else None
+    def by_step(self, metric: str) -> dict[int, dict[int, float]]:
+        """By seed, the metric by evaluation step."""
+        return {seed: _values(record, metric) for seed, record in self.records.items()}
 
-    def mean_by_seed(self, metric: str, steps: Sequence[int]) -> dict[int, float]:
-        """The metric averaged over `steps`, for every seed that has all of them: higher is learnt earlier."""
-        found = {seed: _values(record, metric) for seed, record in self.records.items()}
-        return {
-            seed: math.fsum(by_step[step] for step in steps) / len(steps)
-            for seed, by_step in found.items()
-            if set(steps) <= by_step.keys()
-        }
+    def final(self, metric: str) -> dict[int, float]:
+        """By seed, the metric at the end, for the records that have it."""
+        return {seed: record.metrics[metric] for seed, record in self.records.items() if metric in record.metrics}
+
+    def mean_over_steps(self, metric: str) -> dict[int, float]:
+        """By seed, the metric averaged over a run's evaluations, so that learning earlier counts."""
+        found = {seed: list(values.values()) for seed, values in self.by_step(metric).items()}
+        return {seed: math.fsum(values) / len(values) for seed, values in found.items() if values}
 
 
 def _values(record: Record, metric: str) -> dict[int, float]:
@@ -74,41 +73,72 @@ def _values(record: Record, metric: str) -> dict[int, float]:
 
 
 def collect(cells: Sequence[Cell], records: Sequence[Record]) -> list[CellResult]:
-    """The finished records of each cell: those of its recipe as it stands, with any seed but a search's.
+    """The finished records of each cell: those of its settings, with any seed but a search's.
 
-    A record of the same method and rank with other settings (a try of the rate search, an override) has
-    another identity and is left out; so is one made with a recipe that has changed since.
+    Its settings are those that its search took, or its recipe's as it stands. A record of the same method and rank with
+    others (a try of the search, an override) has another identity and is left out; so is one made with a recipe that
+    has changed since.
     """
-    finished = {record.id: record for record in records if record.status == "finished"}
+    near = by_kind(records)
     results = []
     for cell in cells:
-        seeds = {record.spec.seed for record in finished.values() if _is_near(record, cell)}
-        ids = {seed: cell.spec(seed).id for seed in sorted(seeds) if seed < FIRST_SEARCH_SEED}
+        ours = near.get((cell.method, cell.r, cell.task, cell.scale), [])
+        taken = settled(cell, ours)
+        finished = {record.id: record for record in ours if record.status == "finished"}
+        seeds = sorted({record.spec.seed for record in finished.values() if record.spec.seed < FIRST_SEARCH_SEED})
+        ids = {seed: taken.spec(seed).id for seed in seeds}
         results.append(CellResult(cell, {seed: finished[id_] for seed, id_ in ids.items() if id_ in finished}))
     return results
 
 
-def _is_near(record: Record, cell: Cell) -> bool:
-    """Whether it is the cell's method and rank at all: composing a cell for every other seed too would be slow."""
-    spec = record.spec
-    return (spec.method.name, spec.r, spec.task["name"], spec.scale) == (cell.method, cell.r, cell.task, cell.scale)
+def by_kind(records: Sequence[Record]) -> dict[tuple[str, int | None, str, str], list[Record]]:
+    """Records by method, rank, task and scale."""
+    near: dict[tuple[str, int | None, str, str], list[Record]] = {}
+    for record in records:
+        spec = record.spec
+        near.setdefault((spec.method.name, spec.r, spec.task["name"], spec.scale), []).append(record)
+    return near
 
 
-def leader(intervals: Sequence[Interval | None]) -> int | None:
-    """The index of the one whose interval lies wholly above all others'; None where there is no such one.
+def winner(rows: Sequence[dict[int, float]], metric: str) -> int | None:
+    """The index of the row, of values by seed, that is better than every other; None where there is no such one.
 
-    None stands for a row that has not run, and is passed over. A single value's interval is infinite, so nothing is
-    apart from it.
+    Each other row is compared by a t-test paired by seed; all comparisons have to hold together at 5 %, by Holm's
+    correction. A row that has not run is passed over, and one that shares fewer than two seeds is not told apart.
     """
-    known = {index: interval for index, interval in enumerate(intervals) if interval is not None}
-    if len(known) < 2:
+    sign = 1 if higher_is_better(metric) else -1
+    ran = [index for index, values in enumerate(rows) if values]
+    if len(ran) < 2:
         return None
-    best = max(known, key=lambda index: known[index].mean)
-    reach = max(interval.high for index, interval in known.items() if index != best)
-    return best if known[best].low > reach else None
+    best = max(ran, key=lambda index: sign * math.fsum(rows[index].values()) / len(rows[index]))
+    differences = [_paired(rows[best], rows[index]) for index in ran if index != best]
+    if any(len(each) < 2 or sign * math.fsum(each) <= 0 for each in differences):
+        return None
+    return best if max(holm([p_value(each) for each in differences])) <= 1 - CONFIDENCE else None
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """Of a two-sided t-test that paired differences (two or more) have the mean 0; without any spread, 0 or 1."""
+    if max(differences) - min(differences) < 1e-9:
+        return float(abs(differences[0]) < 1e-9)
+    return float(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _paired(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Interval | None:
     """ours - theirs over the seeds that both have; None where there are none."""
-    both = sorted(ours.keys() & theirs.keys())
-    return Interval.of([ours[seed] - theirs[seed] for seed in both]) if both else None
+    differences = _paired(ours, theirs)
+    return Interval.of(differences) if differences else None

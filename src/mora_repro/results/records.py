@@ -18,6 +18,11 @@ from ..errors import UserError
 from ..spec import RunSpec
 
 MetricValue = float | int
+LOWER_IS_BETTER = ("perplexity",)
+
+
+def higher_is_better(metric: str) -> bool:
+    return metric not in LOWER_IS_BETTER
 
 
 class Part(BaseModel):

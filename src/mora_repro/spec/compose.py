@@ -71,16 +71,27 @@ def find_row(scale: str, task: str, method: str, r: int | None) -> dict[str, Any
     return min(rows, key=lambda row: (abs(math.log(row.get("r", r) / r)), row.get("r", r)))
 
 
+def rows_of(scale: str, task: str) -> list[dict[str, Any]]:
+    """All rows of a task's recipe."""
+    return recipes(scale)[task]["rows"]
+
+
+def recipe_value(scale: str, task: str, method: str, r: int | None, key: str) -> Any:
+    """A recipe's value for a task, method and r; row over task over common. Raises UserError where there is none."""
+    row = find_row(scale, task, method, r)
+    for level in (row, recipes(scale)[task], recipes(scale)["common"]):
+        if key in level:
+            return level[key]
+    raise UserError(f"conf/recipes/{scale}.yaml has no `{key}` for task={task} method={method}.")
+
+
 def _recipe(key: str, *, _root_: DictConfig) -> Any:
-    """`${recipe:key}`: the value for this run's task, method and r; row over task over common."""
+    """`${recipe:key}`: `recipe_value` for this run."""
     scale, task, method = _root_.scale.name, _root_.task.name, _root_.method.recipe
     if not isinstance(_root_.r, int | None):
         raise UserError(f"r={_root_.r!r}: a rank is a whole number, such as r=8")
-    row = find_row(scale, task, method, _root_.r)
-    for level in (row, recipes(scale)[task], recipes(scale)["common"]):
-        if key in level:
-            return OmegaConf.create(level[key]) if isinstance(level[key], list) else level[key]
-    raise UserError(f"conf/recipes/{scale}.yaml has no `{key}` for task={task} method={method}.")
+    value = recipe_value(scale, task, method, _root_.r, key)
+    return OmegaConf.create(value) if isinstance(value, list) else value
 
 
 def _default_rank(*, _root_: DictConfig) -> int | None:

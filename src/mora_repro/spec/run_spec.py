@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cache, reduce
 from operator import getitem
 from pathlib import Path
@@ -251,6 +252,21 @@ class RunSpec(Strict):
         model = self.model.model_copy(update={"base": None, "base_id": None})
         return base.model_copy(update={"model": model})
 
+    def with_seed(self, seed: int) -> RunSpec:
+        """The same run with another seed, as it would be composed."""
+        return self.model_copy(update={"seed": seed, "task": {**self.task, "seed": seed}})
+
+    def setting(self, key: str) -> Any:
+        """The value of a dotted key, such as `lr` or `method.peft.lora_alpha`."""
+        return reduce(_part, key.split("."), self)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> RunSpec:
+        """The same run with other values of dotted keys that no other value follows from."""
+        spec = self
+        for key, value in settings.items():
+            spec = _replaced(spec, key.split("."), value)
+        return spec
+
     @property
     def name(self) -> str:
         """The method's title and the rank: 'LoRA r=8', 'FFT'."""
@@ -295,6 +311,17 @@ class RunSpec(Strict):
 def _base_spec(task: str, scale: str) -> RunSpec:
     """The run that trains a base at a scale, with the sizes of model=mini."""
     return RunSpec.from_config(compose_config(["method=fft", f"task={task}", f"scale={scale}", "model=mini"]))
+
+
+def _part(values: Any, name: str) -> Any:
+    return values[name] if isinstance(values, dict) else getattr(values, name)
+
+
+def _replaced(values: Any, path: list[str], value: Any) -> Any:
+    """A copy of nested models and dictionaries with another value at a path."""
+    name, *rest = path
+    new = _replaced(_part(values, name), rest, value) if rest else value
+    return {**values, name: new} if isinstance(values, dict) else values.model_copy(update={name: new})
 
 
 def _texts(values: Any) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import yaml
-from pydantic import PositiveInt
+from pydantic import PositiveInt, ValidationError
 
 from ..errors import UserError, did_you_mean
 from .compose import CONF, compose_config, options
@@ -16,59 +17,145 @@ from .run_spec import RunSpec, Strict
 # Rates are chosen on data of seeds from here on; tables use those below.
 FIRST_SEARCH_SEED = 100
 
+Setting = tuple[tuple[str, float], ...]  # (key, value) of lr and what else is searched
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one rank on one task at one scale, run with as many seeds as one likes."""
+    """One method at one rank on one task at one scale, run with as many seeds as one likes.
+
+    `model` None: the task's own. `extra` are further overrides of conf/config.yaml, such as another operator, and
+    `settings` what a search found, in place of the recipe's.
+    """
 
     method: str
     r: int | None
     task: str
     scale: str
+    model: str | None = None
+    extra: tuple[str, ...] = ()
+    settings: Setting = ()
 
     def overrides(self, seed: int) -> list[str]:
         """What `train.py` is called with."""
         rank = [] if self.r is None else [f"r={self.r}"]
-        return [f"method={self.method}", f"task={self.task}", *rank, f"scale={self.scale}", f"seed={seed}"]
+        model = [] if self.model is None else [f"model={self.model}"]
+        keys = [f"method={self.method}", f"task={self.task}", *rank, f"scale={self.scale}", *model]
+        return [*keys, *self.extra, *(f"{key}={value:g}" for key, value in self.settings), f"seed={seed}"]
 
     def spec(self, seed: int) -> RunSpec:
-        """The run of this cell's recipe with a seed. Raises UserError where it can't be composed."""
-        return _spec(self, seed)
+        """The run of this cell with a seed. Raises UserError where it can't be composed."""
+        return _spec(replace(self, settings=())).with_seed(seed).with_settings(dict(self.settings))
+
+    def with_settings(self, settings: Setting) -> Cell:
+        return replace(self, settings=settings)
+
+    def tried(self, settings: Setting) -> tuple[list[str], RunSpec]:
+        """A try of the search: the overrides of `train.py`, and the spec that they compose to.
+
+        It is scored on data of a seed that no table uses and, where they are not generated from it, on the validation
+        set.
+        """
+        cell = self.with_settings(settings)
+        spec, overrides = cell.spec(FIRST_SEARCH_SEED), cell.overrides(FIRST_SEARCH_SEED)
+        if spec.task.get("data", "generated") == "generated":
+            return overrides, spec
+        validation = spec.eval.model_copy(update={"split": "validation"})
+        return [*overrides, "eval.split=validation"], spec.model_copy(update={"eval": validation})
+
+    @property
+    def recipe(self) -> str:
+        """The method whose rows of a recipe it takes."""
+        return _spec(replace(self, settings=())).method.recipe
 
     @property
     def name(self) -> str:
-        """As its runs': 'LoRA r=8', 'FFT'."""
-        return self.spec(0).name
+        """As its runs': 'LoRA r=8', 'FFT'; with its further overrides."""
+        return " ".join([self.spec(0).name, *self.extra])
 
 
 @cache
-def _spec(cell: Cell, seed: int) -> RunSpec:
-    return RunSpec.from_config(compose_config(cell.overrides(seed)))
+def _spec(cell: Cell) -> RunSpec:
+    """A cell's run with seed 0; other seeds and settings follow from it without composing, which takes long."""
+    return RunSpec.from_config(compose_config(cell.overrides(0)))
 
 
-class Row(Strict):
-    """A row names its rank low or high, or all those of the paper's Figure 2; a scale says which they are."""
-
-    method: str
-    rank: Literal["low", "high", "all"] | PositiveInt | None = None
+Rank = Literal["low", "high", "all", "none"] | PositiveInt
 
 
-class Table(Strict):
-    """conf/table/<name>.yaml."""
+class Part(Strict):
+    """What a table, a row or a column fixes of its cells; a dict has a value per scale.
+
+    A rank is named low or high, or all those of the paper's Figure 2, and a scale says which they are; `none` takes
+    back that of the table, for a method without one.
+    """
+
+    method: str | None = None
+    rank: Rank | dict[str, Rank] | None = None
+    task: str | None = None
+    model: dict[str, str] | None = None
+    overrides: tuple[str, ...] = ()
+
+
+class Row(Part):
+    """`title` None: the method's."""
+
+    title: str | None = None
+
+
+class Column(Part):
+    """A metric of a cell's runs, at its last evaluation or that of index `evaluation`; at a scale that its metric or
+    model does not name, there is no such column.
+
+    `name` is that of the paper's column (results/paper/results.yaml). A title may hold {step} and {r}.
+    """
+
+    name: str
+    title: str | dict[str, str]
+    metric: str | dict[str, str]
+    evaluation: int = -1
+
+    def is_at(self, scale: str) -> bool:
+        return all(not isinstance(value, dict) or scale in value for value in (self.metric, self.model))
+
+
+class Table(Part):
+    """conf/table/<name>.yaml. A figure has no columns: each of its rows is a curve."""
 
     name: str
     title: str
-    task: str
     rows: tuple[Row, ...]
+    columns: tuple[Column, ...] = ()
 
     def cells(self, scale: str) -> list[Cell]:
-        """The table's cells at a scale, in the order of its rows."""
-        named = ranks(scale)
-        return [
-            Cell(row.method, r, self.task, scale)
-            for row in self.rows
-            for r in (named[row.rank] if isinstance(row.rank, str) else [row.rank])
-        ]
+        """The table's different cells at a scale, in the order of its rows."""
+        columns: list[Part] = [column for column in self.columns if column.is_at(scale)]
+        parts = [(row, column) for row in self.rows for column in columns or [Part()]]
+        return list(dict.fromkeys(cell for row, column in parts for cell in self.cells_of(row, column, scale)))
+
+    def cells_of(self, row: Row, column: Part, scale: str) -> list[Cell]:
+        """The cell of a row in a column; several where its rank is `all`."""
+        return cells_in(scale, row, column, self)
+
+
+def cells_in(scale: str, *parts: Part) -> list[Cell]:
+    """The cell that parts fix together, an earlier part over a later one; several where its rank is `all`."""
+    method, task, model, rank = (_fixed(field, *parts) for field in ("method", "task", "model", "rank"))
+    named = at(rank, scale)
+    extra = tuple(override for part in reversed(parts) for override in part.overrides)
+    of_name: dict[str, list[Any]] = {**ranks(scale), "none": [None]}
+    ranked = of_name[named] if isinstance(named, str) else [named]
+    return [Cell(method, r, task, scale, at(model, scale), extra) for r in ranked]
+
+
+def _fixed(field: str, *parts: Part) -> Any:
+    """The first part's value that is given."""
+    return next((value for part in parts if (value := getattr(part, field)) is not None), None)
+
+
+def at(value: Any, scale: str) -> Any:
+    """A value that may be given per scale."""
+    return value[scale] if isinstance(value, dict) else value
 
 
 @cache
@@ -86,3 +173,16 @@ def load_table(name: str) -> Table:
     if name not in known:
         raise UserError(f"table={name} is not known.{did_you_mean(name, known)} Choices: {', '.join(known)}.")
     return Table.model_validate(yaml.safe_load((CONF / "table" / f"{name}.yaml").read_text()))
+
+
+def read_table(path: Path) -> Table:
+    """A user's own table, in the form of those in conf/table. Raises UserError: no such file, or not of that form."""
+    try:
+        return Table.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise UserError(f"cells={path} can't be read ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"cells={path} is no YAML: {error}") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
+        raise UserError(f"cells={path} is no table ({problems}). An example: {CONF / 'table' / '1.yaml'}") from error
