@@ -9,8 +9,10 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing import resource_tracker
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -123,13 +125,25 @@ class Tokeniser:
             waiting: deque = deque()
             try:
                 for batch in chain(first, batches):
-                    waiting.append(pool.submit(_tokens, batch))
+                    with _ctrl_c_kept_from_new_processes():
+                        waiting.append(pool.submit(_tokens, batch))
                     if len(waiting) > 2 * workers:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_kept_from_new_processes() -> Iterator[None]:
+    """Processes that start within have SIGINT blocked, while they still import too: the first process answers it."""
+    resource_tracker.ensure_running()  # now: its start unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def processes() -> int:
@@ -165,7 +179,6 @@ def _start(tokeniser: Tokeniser) -> None:
     _tokeniser = tokeniser
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are one per core
     transformers_logging.set_verbosity_error()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of ctrl-C, which the first process answers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

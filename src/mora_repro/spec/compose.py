@@ -30,6 +30,7 @@ CONF = ROOT / "conf"
 RUN = CONF / "config.yaml"
 METHODS_CSV = ROOT / "results" / "methods.csv"  # written by scripts/methods.py
 INTERRUPTED = 130  # the exit status of what was stopped and can go on
+GO_ON = ("config", "sweep")  # the configurations of what goes on after an interrupt, and does not start over
 
 
 def options(group: str) -> list[str]:
@@ -234,7 +235,8 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
         _exit(explain(error, [a for a in sys.argv[1:] if not a.startswith("-") and ("=" in a or not flags)], config))
     except KeyboardInterrupt:
         without = " without rerun=true" if "rerun=true" in sys.argv else ""
-        print(f"interrupted; the same command{without} goes on where it was.", file=sys.stderr)
+        again = "goes on where it was" if config.stem in GO_ON else "starts over"
+        print(f"interrupted; the same command{without} {again}.", file=sys.stderr)
         sys.exit(INTERRUPTED)
     sys.exit(max(status, default=0))
 
