@@ -259,6 +259,13 @@ def test_a_missing_column_malformed_instructions_and_an_unknown_benchmark_are_na
         UserError, match=r"bad.jsonl, line 1 : message 1 should have a text `role` and a text `content`"
     ):
         texts(task("finance", *corpus, f"task.general={tmp_path / 'bad.jsonl'}"))
+    (tmp_path / "bad.jsonl").write_text('{"chat": []}\n')
+    with pytest.raises(UserError, match=r"bad.jsonl, line 1 has no 'messages'.* task.general_columns.messages="):
+        texts(task("finance", *corpus, f"task.general={tmp_path / 'bad.jsonl'}"))
+    with pytest.raises(UserError, match=r"task.general=/nowhere is no folder.* set: task.general=hub$"):
+        texts(task("finance", *corpus, "task.general=/nowhere"))
+    with pytest.raises(UserError, match=r"eval.data.perplexity=/nowhere is not there"):
+        task("finance", *corpus, "task.measured_by=[]").benchmarks(Eval(data={"perplexity": "/nowhere"}))
     with pytest.raises(UserError, match=r"news.jsonl, line 1 has no 'text'; it has 'body'"):
         texts(task("finance", *corpus, "task.columns.text=text"))
     with pytest.raises(UserError, match=r"task.measured_by=.*there is no mmlu, but convfinqa, fiqa_sa"):

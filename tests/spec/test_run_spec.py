@@ -196,6 +196,7 @@ def test_scale_auto_is_paper_in_a_slurm_job_and_mini_without_a_gpu(monkeypatch):
         ("training.schedule=cosin", ["training.schedule='cosin'", "'cosine'"]),
         ("training.epochs=3", ["one of training.steps and training.epochs"]),
         ("training.steps=50", ["training.steps=50 is less than training.warmup_steps=10", "decay_steps=90"]),
+        ("training.steps=8", ["Lower those too: training.warmup_steps=0 training.decay_steps=4"]),
         ("+learning_rate=3", ["learning_rate=3: extra inputs are not permitted"]),
         ("training.micro_batch_size=5", ["training.batch_size=16", "micro_batch_size=5"]),
         ("model=hf", ["model.pretrained", "must be given"]),

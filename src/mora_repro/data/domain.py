@@ -194,14 +194,15 @@ class Domain(TextTask):
                 dice.shuffle(texts)
                 yield from map(document, texts)
             return
-        corpus = Corpus(self.general, self.general_hub, self.general_columns, self.on_bad_row, check=refuse_malformed)
+        corpus = Corpus(
+            self.general, self.general_hub, self.general_columns, self.on_bad_row, refuse_malformed, "task.general"
+        )
         try:
             for row in corpus.rows("train", {"messages": list}):
                 yield tulu(row["messages"]) if row else ()
         except UserError as error:
-            raise UserError(
-                f"the general instructions, task.general={self.general} (without any: task.general_ratio=0): {error}"
-            ) from error
+            words = str(error).replace("task.columns", "task.general_columns").replace("task.hub", "task.general_hub")
+            raise UserError(f"the general instructions (without any: task.general_ratio=0): {words}") from error
 
     def benchmarks(self, settings: Eval) -> Sequence[Benchmark]:
         if self.data == "generated":

@@ -47,6 +47,7 @@ class Corpus:
         columns: for local files, the name of their column for each of ours; without one, it is the same.
         on_bad_row: "stop" with an error, or "skip" a row that can't be read or lacks a column.
         check: raises BadRow for a row of our columns that can't be taken for another reason.
+        key: what a user names `data` by.
     """
 
     data: str
@@ -54,6 +55,7 @@ class Corpus:
     columns: Mapping[str, str]
     on_bad_row: Literal["stop", "skip"] = "stop"
     check: Callable[[Row], None] | None = None
+    key: str = "task.data"
 
     def rows(self, split: Split, columns: Mapping[str, type], limit: int | None = None) -> Iterator[Row | None]:
         """The rows of a split with our columns alone, in the corpus's order, at most `limit`; None for each skipped.
@@ -161,17 +163,19 @@ class Corpus:
             if split != "train":
                 suffix = "".join(root.suffixes)
                 raise UserError(
-                    f"task.data={root} is one file, which is trained on, and a {split} set is needed too. Make a "
-                    f"folder with train{suffix} and {split}{suffix}: task.data=<folder>"
+                    f"{self.key}={root} is one file, which is trained on, and a {split} set is needed too. Make a "
+                    f"folder with train{suffix} and {split}{suffix}: {self.key}=<folder>"
                 )
             if not root.name.endswith(SUFFIXES):
                 raise UserError(f"{root}: it is not known how to read such a file; what can be read: {kinds}")
             return [root]
         if not root.is_dir():
+            others = f"; the public data set: {self.key}=hub" if self.hub else ""
+            if self.key == "task.data":
+                others += "; a generated world: task.data=generated"
             raise UserError(
-                f"task.data={root} is no folder and no file. A folder should hold {split}.jsonl with {needed} in each "
-                f"line (or one of {kinds}); the public data set: task.data=hub; a generated world, where the task has "
-                f"one: task.data=generated"
+                f"{self.key}={root} is no folder and no file. A folder should hold {split}.jsonl with {needed} in each "
+                f"line (or one of {kinds}){others}"
             )
         folder = root / split
         candidates = folder.iterdir() if folder.is_dir() else (root / f"{split}{suffix}" for suffix in SUFFIXES)
@@ -197,8 +201,8 @@ class Corpus:
         """The set's name and its rows. Raises UserError where it can't be had, or lacks a column."""
         if split not in self.hub:
             raise UserError(
-                f"task.data=hub names no {split} set, but {_named(self.hub)}. Say which: "
-                f"'+task.hub.{split}={{path: <data set>, split: <its split>}}', or take files: task.data=<folder>"
+                f"{self.key}=hub names no {split} set, but {_named(self.hub)}. Say which: "
+                f"'+task.hub.{split}={{path: <data set>, split: <its split>}}', or take files: {self.key}=<folder>"
             )
         source = self.hub[split]
         path, theirs = str(source["path"]), source.get("split") or split
@@ -210,12 +214,20 @@ class Corpus:
         except Exception as error:  # the hub's client raises some twenty kinds
             needed = _named(columns)
             raise UserError(
-                f"the data set {path} can't be had ({type(error).__name__}: {str(error).splitlines()[0][:200]}). If it "
-                f"is gated, ask for access on https://huggingface.co/datasets/{path} and log in with `hf auth login`. "
-                f"For a machine without internet, on one that has it: python scripts/prepare.py task=... Or take "
-                f"files, {split}.jsonl with {needed} in each line: task.data=<folder>"
+                f"{not_to_be_had(path, error)} Or take files, {split}.jsonl with {needed} in each line: "
+                f"{self.key}=<folder>"
             ) from error
         return name, ((f"{name}, row {number}", row) for number, row in enumerate(chain(start, rows), 1))
+
+
+def not_to_be_had(path: str, error: Exception) -> str:
+    """Why a data set of the hub is not here, and how to get it."""
+    why = str(error).splitlines() or [""]
+    return (
+        f"the data set {path} can't be had ({type(error).__name__}: {why[0][:200]}). If it is gated, ask for access on "
+        f"https://huggingface.co/datasets/{path} and log in with `hf auth login`. For a machine without internet, on "
+        f"one that has it: python scripts/prepare.py with the keys of the run."
+    )
 
 
 def place_of(text: str, places: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..distributed import say
 from ..errors import UserError
-from .files import SUFFIXES, BadRow, Row, place_of, read_file
+from .files import SUFFIXES, BadRow, Row, not_to_be_had, place_of, read_file
 
 ONE_IN = 10  # rows of a set that has a test split alone are its validation set
 
@@ -143,9 +143,8 @@ def _of_hub(key: str, split: str) -> list[Row]:
         parts = [datasets.load_dataset(source.path, name, split=source.splits[split]) for name in source.names]
     except Exception as error:  # the hub's client raises some twenty kinds
         raise UserError(
-            f"the data set {source.path} can't be had ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
-            f"On a machine with internet, this fetches it ahead of time: python scripts/prepare.py task=<task>. Or "
-            f"point at a local file or folder whose rows have {_needed(source.forms)}: eval.data.{key}=<path>"
+            f"{not_to_be_had(source.path, error)} Or point at a local file or folder whose rows have "
+            f"{_needed(source.forms)}: eval.data.{key}=<path>"
         ) from error
     rows = enumerate((row for part in parts for row in part), 1)
     return _read_rows(key, source.path, ((f"{source.path}, row {number}", row) for number, row in rows))

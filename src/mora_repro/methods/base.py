@@ -205,7 +205,9 @@ def _not_found(what: str, source: str, error: Exception) -> UserError:
     if Path(source).exists():
         return UserError(f"the {what} in {source} can't be loaded: {str(error).splitlines()[0]}")
     if source.startswith(("/", ".", "~")):
-        return UserError(f"the {what} {source} is not there")
+        return UserError(
+            f"the {what} {source} is not there. Name a folder or a file.gguf that is, or a model of the hub by its id"
+        )
     return UserError(
         f"the {what} {source!r} is neither a local folder nor to be had from the hub "
         f"({str(error).splitlines()[0]}). If it is gated, ask for access on its page and log in with "

@@ -147,10 +147,12 @@ class Training(Strict):
         if (self.decay_steps is not None) != (self.schedule == "warmup_stable_decay"):
             raise ValueError("training.decay_steps belongs to training.schedule=warmup_stable_decay, and only to it")
         if self.steps is not None and self.warmup_steps + (self.decay_steps or 0) > self.steps:
-            raise ValueError(
-                f"training.steps={self.steps} is less than training.warmup_steps={self.warmup_steps} and "
-                f"training.decay_steps={self.decay_steps} together; lower those too"
-            )
+            warmup = f"training.warmup_steps={self.warmup_steps}"
+            decay = f" and training.decay_steps={self.decay_steps} together" if self.decay_steps else ""
+            lower = f"training.warmup_steps={self.steps // 10}"
+            if self.decay_steps:
+                lower += f" training.decay_steps={max(1, self.steps // 2)}"
+            raise ValueError(f"training.steps={self.steps} is less than {warmup}{decay}. Lower those too: {lower}")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError(
                 f"training.batch_size={self.batch_size} is no multiple of "
