@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 from tiny import TINY
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from mora_repro.data.benchmarks import KNOWN
 from mora_repro.evaluation import scored
 from mora_repro.results.records import Store, read_samples
+from mora_repro.scoring import benchmarks_of
+from mora_repro.spec import RunSpec, compose_config
+from mora_repro.spec.run_spec import Eval
 
 EXAMPLES = Path(__file__).parents[1] / "src" / "mora_repro" / "evaluation" / "examples"
 
@@ -16,8 +20,6 @@ EXAMPLES = Path(__file__).parents[1] / "src" / "mora_repro" / "evaluation" / "ex
 @pytest.fixture
 def model(tmp_path) -> str:
     """A folder with a model of random weights."""
-    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
-
     tokenizer = ByT5Tokenizer(extra_ids=0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -71,8 +73,20 @@ def test_a_model_is_scored_by_columns_of_the_paper_once(command, tmp_path, model
     }
 
 
+def test_a_task_asks_what_a_run_of_it_asks():
+    """With the tokenizer's chat template, where the run has it; held-out texts in blocks as the task trains."""
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    spec = RunSpec.from_config(compose_config(["scale=mini", "method=fft", "task=instruct", "task.template=tokenizer"]))
+    found, _, max_length = benchmarks_of(spec, tokenizer, ["instruct", "pretrain"], Eval(limit=3))
+    assert [row["input"][0] + row["input"][-1] for row in found[0].rows] == ["[]"] * 3
+    pretrain = RunSpec.from_config(compose_config(["scale=mini", "method=fft", "task=pretrain"]))
+    assert max_length == pretrain.training.max_length != spec.training.max_length
+
+
 @pytest.mark.slow
 def test_what_can_not_be_scored_is_said_without_a_traceback(command, tmp_path, model):
+    rct = [f"model={model}", "tasks=[rct]", f"data.rct={EXAMPLES / 'rct'}"]
     for arguments, said in [
         ([], "name what is scored: a run"),
         (["run=a", "model=b"], "and not both"),
@@ -80,6 +94,7 @@ def test_what_can_not_be_scored_is_said_without_a_traceback(command, tmp_path, m
         ([f"model={model}"], "name what the model is scored by"),
         ([f"model={model}", "tasks=[rct,rct]", f"data.rct={EXAMPLES / 'rct'}"], "rct twice"),
         ([f"model={model}", "tasks=[rct]"], ": data.rct=<path>"),
+        ([*rct, "data.mmlu=a"], "error: data.mmlu=a would not be read"),
         (["model=/nowhere", "tasks=[rct]", f"data.rct={EXAMPLES / 'rct'}"], "/nowhere"),
     ]:
         done = command("scripts/evaluate.py", *arguments, f"out={tmp_path / 'out'}", check=False)

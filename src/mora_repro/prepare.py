@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, ValidationError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from .data.benchmarks import refuse_unread
 from .data.preparation import prepare
 from .data.task import IGNORED, build_task
 from .data.tokens import Example, processes
@@ -46,6 +47,7 @@ def main(config: DictConfig) -> int:
     tokenizer = load_tokenizer(spec)
     task = build_task(spec).for_tokenizer(tokenizer)
     benchmarks = task.benchmarks(spec.eval)
+    refuse_unread(spec.eval.data, benchmarks)
     fetch(benchmarks)
     if task.packed:  # known before hours of preparation
         refuse_too_long(spec, tokenizer, spec.training.max_length)

@@ -18,6 +18,7 @@ from peft import PromptLearningConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
+from .data.benchmarks import refuse_unread
 from .data.preparation import prepare
 from .data.task import build_task
 from .disk import write_atomically
@@ -107,6 +108,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
         tokenizer = load_tokenizer(spec)
         task = build_task(spec).for_tokenizer(tokenizer)
         benchmarks = task.benchmarks(spec.eval)  # an error of their files comes before all work
+        refuse_unread(spec.eval.data, benchmarks)
         fetch(benchmarks)
         if task.packed:  # known before hours of preparation
             refuse_too_long(spec, tokenizer, spec.training.max_length)

@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .data.benchmarks import KNOWN, Benchmark, Harness, known
+from .data.benchmarks import KNOWN, Benchmark, Harness, HeldOut, known, refuse_unread
 from .data.task import build_task
 from .disk import write_atomically
 from .distributed import from_main, is_main, join, leave, say, size, started_by_a_launcher
@@ -120,15 +120,16 @@ def _evaluate(
     store: Store,
 ) -> Evaluated:
     start, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    benchmarks, mean_of = _benchmarks(spec, tasks, settings)
-    refuse_twice(benchmarks)
-    fetch(benchmarks)  # an error of their data comes before the model is loaded
     tokenizer = load_tokenizer(spec)
+    benchmarks, mean_of, max_length = benchmarks_of(spec, tokenizer, tasks, settings)
+    refuse_twice(benchmarks)
+    refuse_unread({name: path for name, path in wanted.data.items() if path}, benchmarks)
+    fetch(benchmarks)  # an error of their data comes before the model is loaded
     model = load_model(spec, tokenizer, weights, store)
     if torch.cuda.is_available():
         model = model.to("cuda")  # type: ignore[arg-type]
     refuse_no_room(model, tokenizer, benchmarks)
-    scores = evaluate(model, tokenizer, benchmarks, spec.training.max_length, mean_of)
+    scores = evaluate(model, tokenizer, benchmarks, max_length, mean_of)
     evaluated = Evaluated(
         of=str(wanted.run or wanted.model),
         tasks=tuple(tasks),
@@ -192,11 +193,17 @@ def load_model(
     return cast(PreTrainedModel, PeftModel.from_pretrained(model, weights))
 
 
-def _benchmarks(spec: RunSpec, tasks: Sequence[str], settings: Eval) -> tuple[list[Benchmark], tuple[str, ...]]:
-    """What the tasks ask, and the metrics that have a mean. A task is one of the suite's, as the run has it or as its
-    scale has it, or a column of the paper's tables, or one of lm-eval's."""
+def benchmarks_of(
+    spec: RunSpec, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], settings: Eval
+) -> tuple[list[Benchmark], tuple[str, ...], int]:
+    """What the tasks ask, the metrics that have a mean, and the length of the blocks of held-out texts.
+
+    A task is one of the suite's, as the run has it or as its scale has it, or a column of the paper's tables, or one of
+    lm-eval's.
+    """
     found: list[Benchmark] = []
     mean_of: tuple[str, ...] = ()
+    max_length = spec.training.max_length
     for name in tasks:
         if name in KNOWN:
             found += known(name, settings)
@@ -207,19 +214,22 @@ def _benchmarks(spec: RunSpec, tasks: Sequence[str], settings: Eval) -> tuple[li
                 if of_run
                 else RunSpec.from_config(compose_config(["method=fft", f"task={name}", f"scale={spec.scale}"]))
             )
-            task = build_task(composed)
-            found += task.benchmarks(settings)
+            task = build_task(composed).for_tokenizer(tokenizer)
+            asked = task.benchmarks(settings)
+            if any(isinstance(one, HeldOut) for one in asked):
+                max_length = composed.training.max_length
+            found += asked
             mean_of += task.mean_of
         else:
             found.append(Harness(name, name, metric=None, limit=settings.limit))
-    return found, mean_of
+    return found, mean_of, max_length
 
 
 def refuse_twice(benchmarks: Sequence[Benchmark]) -> None:
     """Raises UserError where two benchmarks have the same name."""
     names = [benchmark.name for benchmark in benchmarks]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"tasks has {', '.join(sorted(twice))} twice: name each once")
+        raise UserError(f"the tasks have {', '.join(sorted(twice))} twice: name each once, or score by one task alone")
 
 
 def _place(wanted: Wanted, settings: Eval, tasks: Sequence[str], store: Store) -> tuple[Path, dict[str, str]]:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from tiny import ROOT
 
-from mora_repro.data.benchmarks import Harness, known
+from mora_repro.data.benchmarks import Harness, known, refuse_unread
 from mora_repro.data.overlap import ngrams_of, overlaps
 from mora_repro.data.sources import SOURCES, rows_of
 from mora_repro.errors import UserError
@@ -74,6 +74,13 @@ def test_what_is_not_there_is_named(tmp_path):
             UserError, match=rf"{source.path} can't be had .*scripts/prepare.py.*eval.data.{key}=<path>"
         ):
             rows_of(key, None, "test")
+
+
+def test_a_file_for_a_benchmark_that_is_not_asked_is_refused():
+    asked = [*known("rct", Eval()), Harness("choices", "choices", rows=[])]
+    refuse_unread({"rct": "a.jsonl"}, asked)
+    with pytest.raises(UserError, match=r"mmlu=b would not be read: .* rct, choices. .*tasks=\[mmlu\] data.mmlu=b$"):
+        refuse_unread({"rct": "a.jsonl", "mmlu": "b"}, asked)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real PubMedQA rows are not beside this checkout")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig
 
 from mora_repro.data.benchmarks import HeldOut
 from mora_repro.errors import UserError
+from mora_repro.evaluation import evaluate
 from mora_repro.evaluation import perplexity as module
 from mora_repro.evaluation.perplexity import perplexity
 
@@ -54,6 +55,13 @@ def test_the_error_is_what_repeated_samples_of_blocks_vary_by():
     dice = torch.Generator().manual_seed(0)
     draws = rows[torch.randint(len(rows), (4000, len(rows)), generator=dice)].sum(1)
     assert scores.stderr["held_out"] == pytest.approx((draws[:, 0] / draws[:, 1]).exp().std().item(), rel=0.1)
+
+
+def test_blocks_are_no_longer_than_the_model_has_positions():
+    network = model()
+    network.config.max_position_embeddings = 8
+    scores = evaluate(network, TOKENIZER, [HeldOut("held_out", TEXTS)], 1000)
+    assert scores == perplexity(network, TOKENIZER, HeldOut("held_out", TEXTS), 8)
 
 
 def test_without_a_text_there_is_an_error():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import UserError
 from ..spec.run_spec import Eval
 
 
@@ -85,6 +86,18 @@ def known(name: str, settings: Eval) -> tuple[Harness, ...]:
 def column_of(benchmark: Harness) -> str | None:
     """The paper's column that a benchmark stands behind, or None."""
     return next((column for column, ones in KNOWN.items() if any(one.name == benchmark.name for one in ones)), None)
+
+
+def refuse_unread(given: Mapping[str, str], benchmarks: Sequence[Benchmark]) -> None:
+    """Raises UserError where a local file is given for a benchmark that is not asked."""
+    asked = dict.fromkeys((column_of(one) if isinstance(one, Harness) else None) or one.name for one in benchmarks)
+    for name, path in given.items():
+        if name not in asked:
+            score = f"python scripts/evaluate.py run=<id> tasks=[{name}] data.{name}={path}"
+            raise UserError(
+                f"eval.data.{name}={path} would not be read: what is asked here is {', '.join(asked)}. Leave it out"
+                + (f"; a trained model is scored by it with: {score}" if name in KNOWN else "")
+            )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ def evaluate(
     max_length: int,
     mean_of: Sequence[str] = (),
 ) -> Scores:
-    """Measure a model by each benchmark; held-out texts in blocks of `max_length` tokens, as it was trained.
+    """Measure a model by each benchmark; held-out texts in blocks of `max_length` tokens, as it was trained, or of
+    as many as it has positions.
 
     Every process of a run calls this, and has the scores of the whole.
     """
@@ -35,7 +36,8 @@ def _measure(
         from .harness import run_harness  # lm-eval takes seconds, and many runs need none of it
 
         return run_harness(model, tokenizer, benchmark, room_for_text(model))
-    return perplexity(model, tokenizer, benchmark, max_length)
+    room = room_for_text(model)
+    return perplexity(model, tokenizer, benchmark, max_length if room is None else min(max_length, room))
 
 
 def refuse_no_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, benchmarks: Sequence[Benchmark]) -> None:
