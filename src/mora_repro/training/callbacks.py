@@ -134,7 +134,7 @@ class ProgressLine(TrainerCallback):
 
     def _print(self, text: str) -> None:
         with suppress(OSError):  # that nobody reads it any more ends no run
-            self.progress.print(text, highlight=False)
+            self.progress.print(text, highlight=False, soft_wrap=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.progress.update(self.bar, completed=state.global_step)
