@@ -31,6 +31,13 @@ def asked(*overrides: str) -> list[tuple[str, str]]:
     return questions.pairs
 
 
+def test_the_first_records_task_is_the_one_of_now():
+    path = sorted((ROOT / "results" / "runs").glob("mini-gsm8k-fft-*.json"))[0]
+    first = RunSpec.model_validate(json.loads(path.read_text())["spec"])
+    assert "math" not in first.task
+    assert build_task(first) == task(f"seed={first.seed}")
+
+
 @pytest.mark.parametrize("steps", [(1, 1), (2, 3), (5, 5)])
 def test_generated_problems_have_right_chains_and_answers(steps):
     problems = generate(0, "train", 300, steps)

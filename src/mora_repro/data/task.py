@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..spec import RunSpec
-from ..spec.run_spec import Eval
+from ..spec.run_spec import LATER_TASK_KEYS, Eval
 from .benchmarks import Benchmark
 from .files import Corpus
 
@@ -112,9 +112,11 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def build_task(spec: RunSpec) -> Task:
-    """The spec's task, its fields validated (UserError)."""
+    """The spec's task, its fields validated (UserError); a record's may be older than some of them."""
+    fields = hydra.utils.get_class(spec.task["_target_"]).model_fields
+    later = {key: value for key, value in LATER_TASK_KEYS.items() if key in fields}
     try:
-        task = hydra.utils.instantiate(spec.task)
+        task = hydra.utils.instantiate(later | spec.task)
     except hydra.errors.InstantiationException as error:
         if isinstance(error.__cause__, ValidationError):
             item = error.__cause__.errors()[0]
