@@ -94,6 +94,7 @@ def test_what_can_not_be_scored_is_said_without_a_traceback(command, tmp_path, m
         ([f"model={model}"], "name what the model is scored by"),
         ([f"model={model}", "tasks=[rct,rct]", f"data.rct={EXAMPLES / 'rct'}"], "rct twice"),
         ([f"model={model}", "tasks=[rct]"], ": data.rct=<path>"),
+        ([f"model={model}", "tasks=[arc_easy]", "split=validation"], "a validation set are for gsm8k, math, mmlu"),
         ([*rct, "data.mmlu=a"], "error: data.mmlu=a would not be read"),
         (["model=/nowhere", "tasks=[rct]", f"data.rct={EXAMPLES / 'rct'}"], "/nowhere"),
     ]:

@@ -221,7 +221,8 @@ def benchmarks_of(
             found += asked
             mean_of += task.mean_of
         else:
-            found.append(Harness(name, name, metric=None, limit=settings.limit))
+            validation = settings.split == "validation"
+            found.append(Harness(name, name, metric=None, validation=validation, limit=settings.limit))
     return found, mean_of, max_length
 
 
