@@ -15,7 +15,7 @@ from mora_repro.data.task import build_task, document
 from mora_repro.errors import UserError
 from mora_repro.evaluation import evaluate
 from mora_repro.methods import apply_method, load_base, load_tokenizer
-from mora_repro.results.search import LOWER_IS_BETTER
+from mora_repro.results.records import LOWER_IS_BETTER
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.spec.compose import with_model
 from mora_repro.spec.run_spec import Eval

@@ -223,7 +223,7 @@ def test_a_rank_for_a_method_without_one_is_refused():
         (["train.py", "scale=mini", "r=0"], "r=0"),
         (["scripts/sweep.py", "table=9"], "table=9"),
         (["scripts/sweep.py", "tabel=2"], "Did you mean table"),
-        (["scripts/sweep.py"], "table has no default and must be given"),
+        (["scripts/sweep.py"], "which runs? table=<name>"),
         (["scripts/sweep.py", "table=2", "seed=3"], "All keys: python scripts/sweep.py --cfg job"),
         (["train.py", "r=abc"], "r='abc': a rank is a whole number"),
         (["train.py", "model=hf"], "add to the command: model.pretrained=..."),
