@@ -113,8 +113,8 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def build_task(spec: RunSpec) -> Task:
     """The spec's task, its fields validated (UserError); a record's may be older than some of them."""
-    fields = hydra.utils.get_class(spec.task["_target_"]).model_fields
-    later = {key: value for key, value in LATER_TASK_KEYS.items() if key in fields}
+    kind: type[Task] = hydra.utils.get_class(spec.task["_target_"])
+    later = {key: value for key, value in LATER_TASK_KEYS.items() if key in kind.model_fields}
     try:
         task = hydra.utils.instantiate(later | spec.task)
     except hydra.errors.InstantiationException as error:
