@@ -19,6 +19,9 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="
 # Where commands that tests start find tasks of the tests (packed.py).
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
+# Tests send it to commands, also where the shell that started them has it ignored (a background job).
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -13,7 +13,9 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from processes import alone, launcher
 from tiny_model import tiny_model, tiny_tokenizer
 
-from mora_repro.data.benchmarks import BIOMED, FINANCE, KNOWN, Harness, known
+from mora_repro.data.benchmarks import KNOWN, Harness, known
+from mora_repro.data.biomed import Biomed
+from mora_repro.data.finance import Finance
 from mora_repro.data.task import prompt_tokens
 from mora_repro.errors import UserError
 from mora_repro.evaluation import evaluate, fetch, refuse_no_room
@@ -99,9 +101,9 @@ def test_an_answer_that_does_not_fit_the_positions_is_refused(tokenizer):
 def test_every_column_of_the_paper_is_asked_from_local_files(model, tokenizer):
     columns = [one for name in KNOWN for one in known(name, FILES)]
     fetch(columns)
-    scores = evaluate(model, tokenizer, columns, 64, mean_of=BIOMED)
-    assert set(scores.metrics) == {"mmlu_0shot", "mmlu_5shot", *BIOMED, *FINANCE, "mean"}
-    assert scores.metrics["mean"] == pytest.approx(sum(scores.metrics[name] for name in BIOMED) / 4)
+    scores = evaluate(model, tokenizer, columns, 64, mean_of=Biomed.mean_of)
+    assert set(scores.metrics) == {"mmlu_0shot", "mmlu_5shot", *Biomed.mean_of, *Finance.mean_of, "mean"}
+    assert scores.metrics["mean"] == pytest.approx(sum(scores.metrics[name] for name in Biomed.mean_of) / 4)
     assert scores.counts["headline"] == 2
     prompts = {sample["benchmark"]: sample["prompt"] for sample in scores.samples}
     assert prompts["mmlu_5shot"].count("Answer:") == 6 and prompts["mmlu_5shot"].endswith(prompts["mmlu_0shot"][-99:])
