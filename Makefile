@@ -53,8 +53,8 @@ table2: $(VENV)/installed ## Table 2 and Figures 2 and 3 at scale mini, three se
 	@$(BIN)/python scripts/sweep.py 'table=[2,figure2]' scale=mini seeds=3
 	@$(BIN)/python scripts/report.py
 
-report: $(VENV)/installed ## tables and figures from the records in results/
-	@$(BIN)/python scripts/report.py
+report: $(VENV)/installed ## tables, figures, verdicts and report from the records in results/, and README's part of them
+	@$(BIN)/python scripts/report.py readme=README.md
 
 methods: $(VENV)/installed ## all methods with their parameters on LLaMA-2 7B (results/methods.csv)
 	@$(BIN)/python scripts/methods.py

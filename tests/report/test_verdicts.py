@@ -65,12 +65,11 @@ def test_one_seed_without_standard_errors_cannot_tell():
     assert found.word == "cannot tell" and found.reason.endswith("(one seed)") and found.needed is None
 
 
-def test_one_seed_is_judged_by_its_samples_where_they_have_a_standard_error():
+def test_one_seed_cannot_tell_and_gives_the_interval_of_its_samples():
     # The difference of 5 points has the standard error 1.414: 1.96 times that is 2.77.
     found = verdict([60.0], [55.0], stderr=1.0)
-    assert found.samples and found.word == "holds"
-    assert "interval +2.23 to +7.77 over samples, one seed" in found.reason
-    assert verdict([56.0], [55.0], stderr=1.0).word == "cannot tell"
+    assert found.samples and found.word == "cannot tell"
+    assert "one seed; over its samples alone +2.23 to +7.77" in found.reason
     assert not verdict([60.0, 61.0], [55.0, 57.0], stderr=1.0).samples
 
 

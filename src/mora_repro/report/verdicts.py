@@ -44,8 +44,9 @@ class Verdict:
     """What the records of a scale say of a claim.
 
     `difference` is first minus second, paired by seed, in the metric's own units; where `samples`, its interval is over
-    the samples of the one seed that has run, and not over seeds. `effect` is Cohen's d of the paired differences, and
-    `needed` the number of seeds at which an interval of the spread seen would decide; None where not known.
+    the samples of the one seed that has run, and says nothing of how runs differ. `effect` is Cohen's d of the paired
+    differences, and `needed` the number of seeds at which an interval of the spread seen would decide; None where not
+    known.
     """
 
     claim: Claim
@@ -73,11 +74,12 @@ class Verdict:
             return f"{self.first.trainable:,} in {first}, {self.second.trainable:,} in {second}"
         assert self.difference is not None
         text = f"{first} {self.difference.mean:+.2f} against {second}"
+        low, high = self.difference.low, self.difference.high
         if self.samples:
-            return f"{text} (interval {self.difference.low:+.2f} to {self.difference.high:+.2f} over samples, one seed)"
+            return f"{text} (one seed; over its samples alone {low:+.2f} to {high:+.2f})"
         if self.difference.n == 1:
             return f"{text} (one seed)"
-        text += f" (95 % interval {self.difference.low:+.2f} to {self.difference.high:+.2f}, {self.difference.n} seeds"
+        text += f" (95 % interval {low:+.2f} to {high:+.2f}, {self.difference.n} seeds"
         if self.effect is not None:
             text += f", d = {self.effect:.1f}"
         return f"{text}; {self.needed} seeds would decide)" if self.needed else f"{text})"
@@ -101,7 +103,8 @@ def judge(claim: Claim, scale: str, first: CellResult, second: CellResult) -> Ve
 
     better: holds where the difference's 95 % interval lies on the right side of 0, does not hold where it lies on the
     other. on_par: holds where the interval lies within the margin, does not hold where it lies outside. Else the seeds
-    cannot tell. With one seed, the interval is that over its samples, where the record has standard errors.
+    cannot tell. One seed never can: the interval over its samples, which is given where the record has standard
+    errors, leaves out how runs differ.
     """
     if claim.kind == "parameters":
         ours, theirs = first.trainable, second.trainable
@@ -115,13 +118,12 @@ def judge(claim: Claim, scale: str, first: CellResult, second: CellResult) -> Ve
     difference = paired_difference(*values)
     if difference is None:
         return Verdict(claim, "not run", first, second)
-    samples = False
+    word, samples = _word(claim, metric, difference), False
     [*seeds] = values[0].keys() & values[1].keys()
     if len(seeds) == 1 and claim.over == "end" and (error := _error(metric, seeds[0], first, second)) is not None:
         half = float(stats.norm.ppf((1 + CONFIDENCE) / 2) * error)
         difference, samples = Interval(difference.mean, half, 1), True
     effect = needed = None
-    word = _word(claim, metric, difference)
     if difference.n > 1:
         spread = statistics.stdev(values[0][seed] - values[1][seed] for seed in seeds)
         effect = difference.mean / spread if spread else None

@@ -14,7 +14,7 @@ from ..disk import write_atomically
 from ..errors import UserError
 from ..results.records import Record, Store
 from ..spec.compose import options
-from . import figures, html, peers, recipes, tables, verdicts
+from . import figures, html, peers, readme, recipes, tables, verdicts
 from .terminal import grid, said
 
 TABLES = ("1", "2", "3", "4", "6", "7", "tasks")
@@ -55,6 +55,10 @@ def main(config: DictConfig) -> int:
             write_atomically(path.with_suffix(".md"), peers.markdown(others))
             write_atomically(path.with_suffix(".csv"), others.to_csv(index=False))
             print(f"peers:    {path}.md, .csv")
+        if config.readme:
+            path = Path(config.readme)
+            write_atomically(path, readme.filled(path.read_text(), path.parent))
+            print(f"readme:   {path}")
     except OSError as error:
         raise UserError(
             f"out={config.out} can't be written ({error}). Choose a folder that can, and copy runs/ there: out=<folder>"
