@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -21,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from .data.benchmarks import refuse_unread
 from .data.preparation import prepare
 from .data.task import build_task
-from .disk import write_atomically
+from .disk import weights_sha256, write_atomically
 from .distributed import (
     alone_with,
     barrier,
@@ -166,7 +165,7 @@ def _run(spec: RunSpec, store: Store, work: Path, options: Options, save: bool) 
                     skipped=data.skipped,
                     overlap=data.overlap,
                     base=spec.model.base_id,
-                    base_sha256=_weights_sha256(base_weights) if base_weights and spec.model.base else None,
+                    base_sha256=weights_sha256(base_weights) if base_weights and spec.model.base else None,
                 ),
                 "parameters": Parameters(trainable=trainable, total=total),
                 **_history(outcome),
@@ -263,13 +262,6 @@ def _history(outcome: Outcome) -> dict[str, object]:
 
 def _with_prefix(entry: dict[str, float], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
-
-
-def _weights_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _base_overrides(spec: RunSpec, overrides: list[str]) -> list[str]:

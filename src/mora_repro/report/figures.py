@@ -1,9 +1,10 @@
-"""Figures 2 to 4: training loss by step."""
+"""Figures 2 to 4: training loss by step. Figure 5: singular values by kind of linear layer."""
 
 from __future__ import annotations
 
 import io
 import math
+import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +24,16 @@ from ..results.aggregate import CellResult, collect
 from ..results.records import Record
 from ..spec.table import load_table
 
-NAMES = ("figure2", "figure3", "figure4")
+CURVES = ("figure2", "figure3", "figure4")
+SPECTRUM = "figure5"
+NAMES = (*CURVES, SPECTRUM)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; line styles tell the curves apart in grey.
 BLACK = "#000000"
 BY_RANK = ["#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"]
 BY_METHOD = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 # Dotted, dashed, dash-dotted, long dashes, dash-dot-dotted, long dash and dot.
+HATCHES = ["", "//", "..", "xx"]
 LINES = [(0, dashes) for dashes in ((1, 1), (4, 1.2), (5, 1, 1, 1), (9, 1.5), (5, 1, 1, 1, 1, 1), (11, 1, 2, 1))]
 
 # Text stays text in the PDF, with its font.
@@ -59,6 +63,18 @@ def curves(name: str, scale: str, records: Sequence[Record]) -> tuple[list[Curve
     return [_smoothed(result) for result in results if result.records], results
 
 
+def spectra(scale: str, records: Sequence[Record]) -> tuple[pd.DataFrame, list[CellResult]]:
+    """Figure 5: for each kind of linear layer (a row) and cell with a spectrum (a column), the mean over layers and
+    seeds of how many singular values of the update are above the threshold; and all its cells."""
+    results = collect(load_table(SPECTRUM).cells(scale), records)
+    columns = {}
+    for result in results:
+        if found := [record.spectrum.above for record in result.records.values() if record.spectrum]:
+            by_kind = {kind: [count for above in found for count in above[kind]] for kind in found[0]}
+            columns[result.cell.name] = pd.Series({kind: statistics.fmean(by_kind[kind]) for kind in by_kind})
+    return pd.DataFrame(columns), results
+
+
 def title(name: str, scale: str) -> str:
     return f"{load_table(name).title} (scale {scale})"
 
@@ -83,9 +99,44 @@ def _window(result: CellResult) -> int:
     return epoch if 10 * epoch <= steps else max(1, steps // 50)
 
 
-def draw(name: str, scale: str, records: Sequence[Record]) -> tuple[Figure, list[str]]:
-    """A figure of conf/table, and the names of its cells that have not run (a note under it has them too)."""
+def draw(name: str, scale: str, records: Sequence[Record]) -> tuple[Figure, list[str]] | None:
+    """A figure of conf/table, and the names of its cells that have not run (a note under it has them too).
+
+    None where no cell has.
+    """
+    return _draw_spectra(scale, records) if name == SPECTRUM else _draw_curves(name, scale, records)
+
+
+def _draw_spectra(scale: str, records: Sequence[Record]) -> tuple[Figure, list[str]] | None:
+    found, results = spectra(scale, records)
+    if found.empty:
+        return None
+    missing = [result.cell.name for result in results if result.cell.name not in found]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+        width = 0.8 / len(found.columns)
+        for place, name in enumerate(found.columns):
+            index = [result.cell.name for result in results].index(name)
+            at = [kind - 0.4 + (place + 0.5) * width for kind in range(len(found))]
+            axes.bar(at, found[name], width, label=name, color=BY_METHOD[index], hatch=HATCHES[index], edgecolor="white")
+        axes.set_xticks(range(len(found)), [str(kind).removesuffix("_proj") for kind in found.index])
+        axes.set_ylabel("singular values above 0.1, mean")
+        axes.set_title(title(SPECTRUM, scale))
+        axes.grid(axis="y", alpha=0.3, linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, ncols=2)
+        seeds = {sum(r.spectrum is not None for r in result.records.values()) for result in results} - {0}
+        note = f"Mean over layers and {'one seed' if seeds == {1} else f'{max(seeds)} seeds'}; of methods that merge, the accumulated update."
+        note += f" Not run, or without a spectrum: {', '.join(missing)}." if missing else ""
+        figure.supxlabel(textwrap.fill(note, 105), x=0.01, ha="left", fontsize=7.5, color="#444444")
+    return figure, missing
+
+
+def _draw_curves(name: str, scale: str, records: Sequence[Record]) -> tuple[Figure, list[str]] | None:
     found, results = curves(name, scale, records)
+    if not found:
+        return None
     missing = [result.cell.name for result in results if not result.records]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
@@ -98,13 +149,12 @@ def draw(name: str, scale: str, records: Sequence[Record]) -> tuple[Figure, list
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("training step")
-        axes.set_ylabel(f"training loss (mean over {_window(found[0].result)} steps)" if found else "training loss")
+        axes.set_ylabel(f"training loss (mean over {_window(found[0].result)} steps)")
         axes.set_title(title(name, scale))
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-        if found:
-            axes.legend(frameon=False, handlelength=3.6)
+        axes.legend(frameon=False, handlelength=3.6)
         note = textwrap.fill(_note([curve.result for curve in found], missing), 105)
         figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="#444444")
     return figure, missing
@@ -113,14 +163,12 @@ def draw(name: str, scale: str, records: Sequence[Record]) -> tuple[Figure, list
 def _note(ran: Sequence[CellResult], missing: Sequence[str]) -> str:
     """What lines and bands are, and what is missing."""
     seeds = {len(result.records) for result in ran}
-    if not seeds:
-        lines = "No finished run."
-    elif max(seeds) == 1:
+    if max(seeds) == 1:
         lines = "One seed."
     else:
         count = str(max(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
         lines = f"Line: mean over {count} seeds; band: smallest to largest."
-    return lines + (f" Not run: {', '.join(missing)}." if missing and ran else "")
+    return lines + (f" Not run: {', '.join(missing)}." if missing else "")
 
 
 def style(result: CellResult, results: Sequence[CellResult]) -> tuple[str, Any]:

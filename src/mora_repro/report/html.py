@@ -45,7 +45,8 @@ def page(views: dict[str, list[View]], records: Sequence[Record], peers: pd.Data
             "verdicts": verdicts.verdicts(scale, records),
             "tables": [_table(view) for view in some],
             "recipes": recipes.used(some),
-            "curves": [plot for name in figures.NAMES if (plot := _curves(name, scale, records))],
+            "curves": [plot for name in figures.CURVES if (plot := _curves(name, scale, records))],
+            "spectra": [plot] if (plot := _spectra(scale, records)) else [],
             "searches": _searches(scale, records),
             "costs": _costs(some),
         }
@@ -137,6 +138,20 @@ def _curves(name: str, scale: str, records: Sequence[Record]) -> Plot | None:
         )
     title = figures.title(name, scale)
     return _plot(figure, f"{name}-{scale}", title, "training step", "training loss", y_log=True)
+
+
+def _spectra(scale: str, records: Sequence[Record]) -> Plot | None:
+    """Figure 5; None where no cell has a spectrum."""
+    found, _ = figures.spectra(scale, records)
+    if found.empty:
+        return None
+    figure = go.Figure()
+    for index, name in enumerate(found.columns):
+        marker = {"color": figures.BY_METHOD[index], "pattern_shape": ["", "/", ".", "x"][index]}
+        kinds = [str(kind).removesuffix("_proj") for kind in found.index]
+        figure.add_bar(x=kinds, y=list(found[name]), name=name, marker=marker, hovertemplate="%{x}: %{y:.1f}")
+    title = figures.title(figures.SPECTRUM, scale)
+    return _plot(figure, f"{figures.SPECTRUM}-{scale}", title, "linear layer", "singular values above 0.1, mean")
 
 
 def _searches(scale: str, records: Sequence[Record]) -> list[Plot]:

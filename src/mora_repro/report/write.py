@@ -89,8 +89,8 @@ def report(scale: str, views: Sequence[tables.View], records: Sequence[Record], 
     write_atomically(path.with_suffix(".csv"), verdicts.data(found).to_csv(index=False))
     files.append(f"verdicts: {path}.md, .csv")
     for name in figures.NAMES:
-        figure, missing = figures.draw(name, scale, records)
-        if not missing or figure.axes[0].lines:
+        if drawn := figures.draw(name, scale, records):
+            figure, missing = drawn
             path = store.out / "figures" / f"{name}-{scale}"
             figures.save(figure, path)
             note = f" (not run: {', '.join(missing)})" if missing else ""

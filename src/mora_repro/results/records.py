@@ -19,6 +19,7 @@ from ..spec import RunSpec
 
 MetricValue = float | int
 LOWER_IS_BETTER = ("perplexity",)
+SINGULAR_VALUES = "singular_values"  # the metric of a `Spectrum`
 
 
 def higher_is_better(metric: str) -> bool:
@@ -93,6 +94,15 @@ class Cost(Part):
     peak_memory_mb: float
 
 
+class Spectrum(Part):
+    """How many singular values of a run's weight update are above `threshold`: by kind of linear layer ('q_proj'), a
+    number per layer. The metric `singular_values` is their mean. `scripts/spectrum.py` adds it to a record.
+    """
+
+    threshold: float
+    above: dict[str, list[int]]
+
+
 class Record(Part):
     """A run's outcome. A finished run has every field; a failed one its `error`; a diverged one failed by its loss."""
 
@@ -110,6 +120,7 @@ class Record(Part):
     evaluations: list[Evaluation] = []
     metrics: dict[str, MetricValue] = {}
     cost: Cost | None = None
+    spectrum: Spectrum | None = None
 
 
 def _lies_below(path: str | bytes, folder: Path) -> bool:
