@@ -1,11 +1,19 @@
-"""Figures 2 and 3 draw every run that is there, and name those that are not."""
+"""Figures draw every run that is there, and name those that are not."""
 
 import matplotlib.pyplot as plt
 import pytest
 from results.made import record
 
-from mora_repro.report.figures import draw, save
+from mora_repro.report import figures
+from mora_repro.report.figures import save
+from mora_repro.results.records import Spectrum
 from mora_repro.spec.table import load_table
+
+
+def draw(name, scale, records):
+    drawn = figures.draw(name, scale, records)
+    assert drawn is not None
+    return drawn
 
 
 def records_of(name, seeds, leave_out=()):
@@ -74,3 +82,26 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         f"figure3-mini.{suffix}" for suffix in ("pdf", "png", "svg")
     ]
+
+
+def test_a_figure_without_a_run_is_not_drawn():
+    assert figures.draw("figure2", "mini", []) is None
+    assert figures.draw("figure5", "mini", []) is None
+
+
+def test_figure_5_has_a_bar_per_method_and_kind_of_layer_the_mean_over_layers_and_seeds():
+    cells = {cell.name: cell for cell in load_table("figure5").cells("mini")}
+    made = []
+    for name, counts in {"LoRA r=16": [4, 8], "MoRA r=16": [30, 50]}.items():
+        for seed in (0, 1):
+            above = {"q_proj": [count + 2 * seed for count in counts], "down_proj": [1, 1]}
+            one = record(cells[name], seed, [10.0], metric="perplexity")
+            made.append(one.model_copy(update={"spectrum": Spectrum(threshold=0.1, above=above)}))
+    made.append(record(cells["ReLoRA r=16"], 0, [10.0], metric="perplexity"))  # it ran, and was not counted
+    figure, missing = draw("figure5", "mini", made)
+    [axes] = figure.axes
+    assert [[bar.get_height() for bar in bars] for bars in axes.containers] == [[7.0, 1.0], [41.0, 1.0]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["LoRA r=16", "MoRA r=16"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["q", "down"]
+    assert missing == ["ReLoRA r=16", "ReMoRA r=16"] and "2 seeds" in figure.get_supxlabel()
+    plt.close(figure)

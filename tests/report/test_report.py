@@ -21,7 +21,7 @@ FILES = [
 
 
 def report(out, scale=None):
-    return main(OmegaConf.create({"out": str(out), "scale": scale, "peers": None}))
+    return main(OmegaConf.create({"out": str(out), "scale": scale, "peers": None, "readme": None}))
 
 
 def written(out):

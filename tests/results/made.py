@@ -6,7 +6,7 @@ from mora_repro.results.records import Cost, Curve, Data, Environment, Evaluatio
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.spec.table import Cell, load_table
 
-TRAINABLE = {"fft": 700_000, "lora": 1000, "mora": 1000}  # times the rank
+TRAINABLE = {"fft": 700_000}  # times the rank; 1000 of the others
 NOWHERE = Environment(
     git_commit=None, git_dirty=None, python="3.11", packages={}, cpu="none", cores=1, memory_gb=1.0, gpus=[]
 )
@@ -43,7 +43,7 @@ def record(
         started="2024-01-01T00:00:00+00:00",
         environment=NOWHERE,
         data=Data(fingerprint="", examples=64, tokens=1, truncated=0, dropped=0, base=None, base_sha256=base_sha256),
-        parameters=Parameters(trainable=trainable or TRAINABLE[cell.method] * (cell.r or 1), total=10**6),
+        parameters=Parameters(trainable=trainable or TRAINABLE.get(cell.method, 1000) * (cell.r or 1), total=10**6),
         curve=Curve(step=list(range(1, 301)), loss=[loss] * 300, lr=[1e-3] * 300),
         evaluations=evaluations,
         cost=Cost(wall_s=60.0, train_s=40.0, tokens_per_s=1000.0, peak_memory_mb=500.0),

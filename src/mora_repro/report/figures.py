@@ -118,7 +118,9 @@ def _draw_spectra(scale: str, records: Sequence[Record]) -> tuple[Figure, list[s
         for place, name in enumerate(found.columns):
             index = [result.cell.name for result in results].index(name)
             at = [kind - 0.4 + (place + 0.5) * width for kind in range(len(found))]
-            axes.bar(at, found[name], width, label=name, color=BY_METHOD[index], hatch=HATCHES[index], edgecolor="white")
+            axes.bar(
+                at, found[name], width, label=name, color=BY_METHOD[index], hatch=HATCHES[index], edgecolor="white"
+            )
         axes.set_xticks(range(len(found)), [str(kind).removesuffix("_proj") for kind in found.index])
         axes.set_ylabel("singular values above 0.1, mean")
         axes.set_title(title(SPECTRUM, scale))
@@ -126,9 +128,9 @@ def _draw_spectra(scale: str, records: Sequence[Record]) -> tuple[Figure, list[s
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, ncols=2)
-        seeds = {sum(r.spectrum is not None for r in result.records.values()) for result in results} - {0}
-        note = f"Mean over layers and {'one seed' if seeds == {1} else f'{max(seeds)} seeds'}; of methods that merge, the accumulated update."
-        note += f" Not run, or without a spectrum: {', '.join(missing)}." if missing else ""
+        seeds = max(sum(r.spectrum is not None for r in result.records.values()) for result in results)
+        note = f"Mean over layers and {seeds} seed{'s' * (seeds > 1)}; of methods that merge, the accumulated update."
+        note += f" Not run, or not counted: {', '.join(missing)}." if missing else ""
         figure.supxlabel(textwrap.fill(note, 105), x=0.01, ha="left", fontsize=7.5, color="#444444")
     return figure, missing
 

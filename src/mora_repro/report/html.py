@@ -45,8 +45,7 @@ def page(views: dict[str, list[View]], records: Sequence[Record], peers: pd.Data
             "verdicts": verdicts.verdicts(scale, records),
             "tables": [_table(view) for view in some],
             "recipes": recipes.used(some),
-            "curves": [plot for name in figures.CURVES if (plot := _curves(name, scale, records))],
-            "spectra": [plot] if (plot := _spectra(scale, records)) else [],
+            "figures": [plot for name in figures.NAMES if (plot := _figure(name, scale, records))],
             "searches": _searches(scale, records),
             "costs": _costs(some),
         }
@@ -106,8 +105,13 @@ def _table(view: View) -> dict[str, object]:
 # Plots
 
 
+def _figure(name: str, scale: str, records: Sequence[Record]) -> Plot | None:
+    """A figure of the paper; None where no cell of it has run."""
+    return _spectra(scale, records) if name == figures.SPECTRUM else _curves(name, scale, records)
+
+
 def _curves(name: str, scale: str, records: Sequence[Record]) -> Plot | None:
-    """A figure's training losses; None where no cell has run."""
+    """A figure's training losses."""
     found, results = figures.curves(name, scale, records)
     if not found:
         return None
@@ -141,7 +145,7 @@ def _curves(name: str, scale: str, records: Sequence[Record]) -> Plot | None:
 
 
 def _spectra(scale: str, records: Sequence[Record]) -> Plot | None:
-    """Figure 5; None where no cell has a spectrum."""
+    """Figure 5."""
     found, _ = figures.spectra(scale, records)
     if found.empty:
         return None

@@ -14,10 +14,20 @@ from ..disk import write_atomically
 from ..errors import UserError
 from ..results.records import Record, Store
 from ..spec.compose import options
+from ..spec.run_spec import Strict, script_config
 from . import figures, html, peers, readme, recipes, tables, verdicts
 from .terminal import grid, said
 
 TABLES = ("1", "2", "3", "4", "6", "7", "tasks")
+
+
+class Wanted(Strict):
+    """conf/scripts/report.yaml, validated."""
+
+    out: str
+    scale: str | None
+    peers: str | None
+    readme: str | None
 
 
 def main(config: DictConfig) -> int:
@@ -25,24 +35,25 @@ def main(config: DictConfig) -> int:
 
     Raises UserError where there is nothing to report, for an unknown scale, and for a folder that can't be written.
     """
-    store = Store(config.out)
+    wanted = script_config(Wanted, config, "report")
+    store = Store(wanted.out)
     records, problems = store.load_all()
     for problem in problems:
         print(problem, file=sys.stderr)
     views = {
         scale: [view for name in TABLES if (view := tables.build(name, scale, records)).seeds]
-        for scale in ([config.scale] if config.scale else options("scale"))
+        for scale in ([wanted.scale] if wanted.scale else options("scale"))
     }
     if not any(views.values()):
-        at = f" at scale={config.scale}" if config.scale else ""
+        at = f" at scale={wanted.scale}" if wanted.scale else ""
         left_out = f" ({len(records)} other records: searches and overridden runs join no table)" if records else ""
         raise UserError(
-            f"out={config.out} has no finished run of a table{at}{left_out}. Make them: "
-            f"python scripts/sweep.py table=2 scale={config.scale or 'mini'} seeds=3 out={config.out}"
+            f"out={wanted.out} has no finished run of a table{at}{left_out}. Make them: "
+            f"python scripts/sweep.py table=2 scale={wanted.scale or 'mini'} seeds=3 out={wanted.out}"
         )
     others: pd.DataFrame | None = None
-    if config.peers:
-        others, unread = peers.read(Path(config.peers))
+    if wanted.peers:
+        others, unread = peers.read(Path(wanted.peers))
         for problem in unread:
             print(problem, file=sys.stderr)
     try:
@@ -55,14 +66,12 @@ def main(config: DictConfig) -> int:
             write_atomically(path.with_suffix(".md"), peers.markdown(others))
             write_atomically(path.with_suffix(".csv"), others.to_csv(index=False))
             print(f"peers:    {path}.md, .csv")
-        if config.readme:
-            path = Path(config.readme)
-            write_atomically(path, readme.filled(path.read_text(), path.parent))
-            print(f"readme:   {path}")
     except OSError as error:
         raise UserError(
-            f"out={config.out} can't be written ({error}). Choose a folder that can, and copy runs/ there: out=<folder>"
+            f"out={wanted.out} can't be written ({error}). Choose a folder that can, and copy runs/ there: out=<folder>"
         ) from error
+    if wanted.readme:
+        fill_readme(Path(wanted.readme))
     print(f"report:   {page}")
     return 0
 
@@ -98,3 +107,12 @@ def report(scale: str, views: Sequence[tables.View], records: Sequence[Record], 
     console.print(said(found), highlight=False)
     for line in ["", *files]:  # none of them wrapped, so that they can be copied
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def fill_readme(path: Path) -> None:
+    """Raises UserError where it, or a file that it names, can't be read, or it can't be written."""
+    try:
+        write_atomically(path, readme.filled(path.read_text(), path.parent))
+    except OSError as error:
+        raise UserError(f"readme={path} can't be filled ({error}). Without it: leave readme= out") from error
+    print(f"readme:   {path}")
