@@ -8,7 +8,7 @@ export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format search table2 report methods docs clean distclean
+.PHONY: help setup demo test test-fast lint format reproduce report methods docs clean distclean
 
 help: ## this list
 	@echo "Targets (they set up $(VENV) first where it is missing):"
@@ -46,12 +46,14 @@ format: $(VENV)/installed ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-search: $(VENV)/installed ## the search for the rates of every task at scale mini, and its runs (hours)
-	@$(BIN)/python scripts/sweep.py 'table=[tasks,figure2]' scale=mini search=true
-
-table2: $(VENV)/installed ## Table 2 and Figures 2 and 3 at scale mini, three seeds
-	@$(BIN)/python scripts/sweep.py 'table=[2,figure2]' scale=mini seeds=3
-	@$(BIN)/python scripts/report.py
+# Where `make reproduce` puts what it makes; QUICK=1: one seed, and the recipes' rates.
+OUT ?= results
+SEEDS := $(if $(QUICK),1,3)
+SEARCH := $(if $(QUICK),false,true)
+reproduce: $(VENV)/installed ## every table and figure at scale mini: rate search, three seeds (hours); QUICK=1: neither
+	@$(BIN)/python scripts/sweep.py table=all scale=mini seeds=$(SEEDS) search=$(SEARCH) out=$(OUT)
+	@$(BIN)/python scripts/spectrum.py table=figure5 scale=mini out=$(OUT)
+	@$(BIN)/python scripts/report.py out=$(OUT)
 
 report: $(VENV)/installed ## tables, figures, verdicts and report from the records in results/, and README's part of them
 	@$(BIN)/python scripts/report.py readme=README.md
@@ -59,8 +61,8 @@ report: $(VENV)/installed ## tables, figures, verdicts and report from the recor
 methods: $(VENV)/installed ## all methods with their parameters on LLaMA-2 7B (results/methods.csv)
 	@$(BIN)/python scripts/methods.py
 
-docs: $(VENV)/installed ## docs/benchmarks.md: what each benchmark asks
-	@$(BIN)/python scripts/benchmarks.py
+docs: $(VENV)/installed ## docs/: what each benchmark asks, and the JSON Schema of a record
+	@$(BIN)/python scripts/docs.py
 
 clean: ## remove working files and the demo's output; records, tables and the environment stay
 	rm -rf results/demo results/data results/work .pytest_cache .ruff_cache .mypy_cache .hypothesis

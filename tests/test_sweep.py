@@ -63,6 +63,23 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     assert all(record.curve.step == list(range(1, 301)) for record in records)
 
 
+@pytest.mark.slow
+def test_a_killed_sweep_started_again_loses_no_run_and_makes_none_twice(tmp_path):
+    """Killed, it can't stop its runs: they go on, and the next sweep takes their records."""
+    command = [sys.executable, "-c", SWEEP, str(tmp_path), *TINY, "training.steps=300"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for_checkpoint(tmp_path)
+    process.kill()
+    process.wait()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    records, problems = Store(tmp_path).load_all()
+    assert [record.status for record in records] == ["finished"] * 3 and not problems
+    assert all(record.curve.step == list(range(1, 301)) for record in records)
+    for record in records:
+        log = (Store(tmp_path).work(record.id) / "log.txt").read_text()
+        assert log.count("\nweights: ") == 1, log
+
+
 @pytest.mark.parametrize("name", options("table"))
 @pytest.mark.parametrize("scale", options("scale"))
 def test_every_cell_of_every_table_composes(name, scale):

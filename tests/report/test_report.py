@@ -14,7 +14,7 @@ from mora_repro.spec.table import Cell, load_table
 
 FILES = [
     *(f"figures/figure{n}-mini.{suffix}" for n in (2, 3) for suffix in ("pdf", "png", "svg")),
-    *(f"tables/{name}-mini.{suffix}" for name in ("table2", "tasks") for suffix in ("csv", "md", "tex")),
+    *(f"tables/{name}-mini.{suffix}" for name in ("table2", "tasks", "operators") for suffix in ("csv", "md", "tex")),
     *(f"tables/{name}-mini.{suffix}" for name in ("table5", "verdicts") for suffix in ("csv", "md")),
     "report.html",
 ]
@@ -41,7 +41,7 @@ def test_it_writes_all_files_and_the_same_bytes_again(tmp_path, capsys):
     first = written(tmp_path)
     assert sorted(first) == sorted(FILES)
     said = capsys.readouterr().out
-    assert "Table 2" in said and "MoRA memorises faster" in said and "12 of 17 claims have no runs yet" in said
+    assert "Table 2" in said and "MoRA memorises faster" in said and "14 of 19 claims have no runs yet" in said
     assert f"{tmp_path}/tables/table2-mini.md" in said
     assert "(not run: LoRA r=2, LoRA r=8, LoRA r=16, LoRA r=64)" in said
     assert report(tmp_path) == 0
@@ -64,7 +64,9 @@ def test_each_scale_has_files_of_its_own(tmp_path):
     save(tmp_path, [*table_records(THREE_SEEDS), *table_records({("lora", 8): [3.0]}, "paper")])
     report(tmp_path)
     both = written(tmp_path)
-    assert len(both) == 2 * (len(FILES) - 1) + 1
+    # At scale paper LoRA alone has run, and no operator.
+    paper = [name.replace("mini", "paper") for name in FILES if "-mini" in name and "operators" not in name]
+    assert sorted(both) == sorted([*FILES, *paper])
     assert b"mini-uuid" not in both["tables/table2-paper.csv"] and b"paper-uuid" not in both["tables/table2-mini.csv"]
 
 

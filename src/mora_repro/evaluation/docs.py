@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ for means over tasks) and its number of samples. The prompts and answers below a
 """
 
 
-def main() -> int:
+def main() -> None:
+    """Writes it."""
     write_atomically(PAGE, page())
-    print(PAGE, file=sys.stderr)
-    return 0
+    print(f"written: {PAGE}")
 
 
 def page() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from ..results.records import Record
+from ..results.records import Record, higher_is_better
 from ..spec.table import FIRST_SEARCH_SEED
 from . import figures, recipes, tables, verdicts
 from .tables import View
@@ -87,7 +87,9 @@ def _table(view: View) -> dict[str, object]:
             }
             for entry, first in zip(line.entries, winners, strict=True)
         ]
-        paper = [{"text": tables.shown_paper(entry.paper), "value": entry.paper} for entry in line.entries]
+        paper = [
+            {"text": tables.shown_paper(entry.paper), "value": entry.paper} for entry in line.entries if view.has_paper
+        ]
         rows.append({"line": line, "ours": cells, "paper": paper})
     return {
         "view": view,
@@ -96,7 +98,7 @@ def _table(view: View) -> dict[str, object]:
         "title": view.table.title,
         "caption": tables.caption(view),
         "ours": view.titles,
-        "paper": [tables.paper_title(column) for column in view.columns],
+        "paper": [tables.paper_title(column) for column in view.columns if view.has_paper],
         "rows": rows,
     }
 
@@ -190,32 +192,52 @@ def _setting(record: Record) -> str:
 
 def _costs(views: Sequence[View]) -> list[Plot]:
     """Each task's deciding metric against trainable parameters, memory and time."""
-    points: dict[str, dict[str, tuple[float, Record]]] = {}
+    points: dict[tuple[str, str], dict[str, tuple[float, Record]]] = {}
     for view in views:
         for line in view.lines:
             for column, entry in zip(view.columns, line.entries, strict=True):
                 if entry.ours and entry.result and column.evaluation == -1:
                     [record, *_] = entry.result.records.values()
-                    task = f"{entry.result.cell.task}: {entry.metric}"
-                    points.setdefault(task, {})[entry.result.cell.name] = (entry.ours.mean, record)
+                    measured = (entry.result.cell.task, entry.metric)
+                    points.setdefault(measured, {})[entry.result.cell.name] = (entry.ours.mean, record)
     plots = []
     axes = {"trainable parameters": "parameters", "peak memory (MB)": "memory", "training time (s)": "time"}
-    for task, cells in points.items():
+    for (task, metric), cells in points.items():
         for title, kind in axes.items():
             figure = go.Figure()
-            for index, (name, (mean, record)) in enumerate(cells.items()):
-                assert record.parameters is not None and record.cost is not None  # it finished
-                cost = {
-                    "parameters": record.parameters.trainable,
-                    "memory": record.cost.peak_memory_mb,
-                    "time": record.cost.train_s,
-                }[kind]
+            costs = {name: (_cost(record, kind), mean) for name, (mean, record) in cells.items()}
+            front = sorted(point for point in costs.values() if not _beaten(point, costs.values(), metric))
+            figure.add_scatter(
+                x=[cost for cost, _ in front],
+                y=[mean for _, mean in front],
+                name="best at its cost (Pareto front)",
+                mode="lines",
+                line={"color": GREY, "dash": "dot", "width": 1.5, "shape": "hv"},
+                hoverinfo="skip",
+            )
+            for index, (name, (cost, mean)) in enumerate(costs.items()):
                 marker = {"symbol": index % 12, "size": 11, "color": figures.BY_METHOD[index % 6]}
                 figure.add_scatter(x=[cost], y=[mean], name=name, mode="markers", marker=marker)
-            plots.append(
-                _plot(figure, f"cost-{kind}-{task}", f"{task} by {title}", title, task, x_log=kind == "parameters")
-            )
+            what = f"{task}: {metric}"
+            plots.append(_plot(figure, f"cost-{kind}-{what}", f"{what} by {title}", title, what, kind == "parameters"))
     return plots
+
+
+def _cost(record: Record, kind: str) -> float:
+    assert record.parameters is not None and record.cost is not None  # it finished
+    costs = {
+        "parameters": record.parameters.trainable,
+        "memory": record.cost.peak_memory_mb,
+        "time": record.cost.train_s,
+    }
+    return costs[kind]
+
+
+def _beaten(point: tuple[float, float], others: Iterable[tuple[float, float]], metric: str) -> bool:
+    """Whether another (cost, metric) costs no more and is no worse, and not the same in both."""
+    sign = 1 if higher_is_better(metric) else -1
+    cost, value = point
+    return any(other != point and other[0] <= cost and sign * other[1] >= sign * value for other in others)
 
 
 def _plot(figure: go.Figure, name: str, title: str, x: str, y: str, x_log: bool = False, y_log: bool = False) -> Plot:

@@ -91,6 +91,11 @@ class View:
         return all(any(line.entries[i].values for line in self.lines) for i in range(len(self.columns)))
 
     @property
+    def has_paper(self) -> bool:
+        """Whether the paper has a number for any of it."""
+        return any(entry.paper is not None for line in self.lines for entry in line.entries)
+
+    @property
     def missing(self) -> list[str]:
         """The cells without a finished run."""
         names = [
@@ -258,9 +263,13 @@ def shown_paper(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def shown_difference(entry: Entry) -> str:
+    return f"{entry.ours.mean - entry.paper:+.1f}" if entry.ours and entry.paper is not None else "-"
+
+
 def frame(view: View, bold: Callable[[str], str]) -> pd.DataFrame:
-    """The table as it is read, its columns in three groups; `bold` marks a column's winner."""
-    groups = ("", f"ours ({view.scale})", "paper")
+    """The table as it is read, its columns in groups; `bold` marks a column's winner."""
+    groups = ("", f"ours ({view.scale})", "paper", "ours less paper's")
     winners = view.winners()
     rows = []
     for index, line in enumerate(view.lines):
@@ -273,7 +282,11 @@ def frame(view: View, bold: Callable[[str], str]) -> pd.DataFrame:
         for title, entry, first in zip(view.titles, line.entries, winners, strict=True):
             cells[groups[1], title] = bold(shown(entry)) if first == index else shown(entry)
         for column, entry in zip(view.columns, line.entries, strict=True):
-            cells[groups[2], paper_title(column)] = shown_paper(entry.paper)
+            if view.has_paper:
+                cells[groups[2], paper_title(column)] = shown_paper(entry.paper)
+        for column, entry in zip(view.columns, line.entries, strict=True):
+            if view.has_paper and view.scale == "paper":  # elsewhere the numbers can't be compared
+                cells[groups[3], paper_title(column)] = shown_difference(entry)
         rows.append(cells)
     return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(rows[0]))
 
@@ -320,7 +333,7 @@ SEVERAL_BASES = "The runs started from {} different sets of base weights, made o
 def markdown(view: View) -> str:
     cells = frame(view, "**{}**".format)
     ours, paper = f"ours ({view.scale})", "paper"
-    short = {ours: "", paper: "paper: ", "": ""}
+    short = {ours: "", paper: "paper: ", "ours less paper's": "difference: ", "": ""}
     cells.columns = pd.Index([short[group] + name for group, name in cells.columns])
     align = ["left"] + ["right"] * (cells.shape[1] - 1)
     return f"{caption(view)}\n\n{cells.to_markdown(index=False, colalign=align, disable_numparse=True)}\n"
@@ -337,8 +350,9 @@ def latex(view: View) -> str:
     """A booktabs table that asks for \\usepackage{booktabs,graphicx}; as wide as the text at most."""
     cells = frame(view, "<b>{}</b>".format).map(lambda text: text.translate(_LATEX))
     cells = cells.replace({"<b>": r"\\textbf{", "</b>": "}"}, regex=True)
-    first, last = cells.shape[1] - 2 * len(view.columns) + 1, cells.shape[1]
-    middle = first + len(view.columns) - 1
+    groups = [str(group) for group, _ in cells.columns]
+    named = [group for group in dict.fromkeys(groups) if group]
+    spans = [(groups.index(group) + 1, len(groups) - groups[::-1].index(group)) for group in named]
     text = cells.to_latex(
         index=False,
         column_format="l" + "r" * (cells.shape[1] - 1),
@@ -347,7 +361,7 @@ def latex(view: View) -> str:
         label=f"tab:{view.file}",
         position="t",
     )
-    rules = rf"\cmidrule(lr){{{first}-{middle}}} \cmidrule(lr){{{middle + 1}-{last}}}"
+    rules = " ".join(rf"\cmidrule(lr){{{first}-{last}}}" for first, last in spans)
     head, rest = text.split("\\\\\n", 1)  # the row of groups ends with the first \\
     text = f"{head}\\\\\n{rules}\n{rest}"
     text = text.replace("\\begin{tabular}", "\\centering\n\\resizebox{\\textwidth}{!}{%\n\\begin{tabular}")

@@ -18,7 +18,7 @@ from ..spec.run_spec import Strict, script_config
 from . import figures, html, peers, readme, recipes, tables, verdicts
 from .terminal import grid, said
 
-TABLES = ("1", "2", "3", "4", "6", "7", "tasks")
+TABLES = ("1", "2", "3", "4", "6", "7", "tasks", "operators")
 
 
 class Wanted(Strict):
