@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import pandas as pd
 
@@ -55,7 +56,7 @@ def search(cell: Cell, records: Sequence[Record]) -> Search:
     """The search of a cell, from the records of its method, rank, task and scale."""
     made = {_setting(cell, record): record for record in records if _is_try(cell, record)}
     scores = {setting: _score(record) for setting, record in made.items()}
-    tries = grid(cell)
+    tries = [*grid(cell)]
     rounds = int(recipe_value(cell.scale, cell.task, cell.recipe, cell.r, "search_rounds"))
     while rounds and all(setting in scores for setting in tries):
         following = _next(tries, scores)
@@ -76,7 +77,8 @@ def settled(cell: Cell, records: Sequence[Record]) -> Cell:
     return cell.with_settings(found.best)
 
 
-def grid(cell: Cell) -> list[Setting]:
+@cache
+def grid(cell: Cell) -> tuple[Setting, ...]:
     """The settings that a cell tries at first: as many as every other method on its task.
 
     They are the product of the lists under `search` in its recipe's row; where that is smaller than another row's, the
@@ -89,7 +91,7 @@ def grid(cell: Cell) -> list[Setting]:
     while len(rates) * _size(others) < size:
         rates = [min(rates) / STEP, *rates] if len(rates) % 2 else [*rates, max(rates) * STEP]
     keys = ["lr", *others]
-    return [tuple(zip(keys, values, strict=True)) for values in itertools.product(rates, *others.values())]
+    return tuple(tuple(zip(keys, values, strict=True)) for values in itertools.product(rates, *others.values()))
 
 
 def _size(search: Mapping[str, list[float]]) -> int:
