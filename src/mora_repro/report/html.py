@@ -168,16 +168,22 @@ def _searches(scale: str, records: Sequence[Record]) -> list[Plot]:
         figure = go.Figure()
         of_task = [record for record in tries if record.spec.task["name"] == task]
         metric = of_task[0].spec.task["metric"]
-        names = sorted({_setting(record) for record in of_task})
-        for index, name in enumerate(names):
-            points = sorted((r.spec.lr, r.metrics.get(metric)) for r in of_task if _setting(r) == name)
+        cells = sorted({record.spec.name for record in of_task})
+        lines: dict[str, list[Record]] = {}
+        for record in sorted(of_task, key=lambda record: (record.spec.name, _beside_rate(record), record.spec.lr)):
+            lines.setdefault(f"{record.spec.name} {_beside_rate(record)}".strip(), []).append(record)
+        of_cell: Counter[str] = Counter()
+        for name, some in lines.items():
+            index, place = cells.index(some[0].spec.name), of_cell[some[0].spec.name]
+            of_cell[some[0].spec.name] += 1
+            dash = figures.LINES[place % len(figures.LINES)][1]
             figure.add_scatter(
-                x=[rate for rate, _ in points],
-                y=[value for _, value in points],
+                x=[record.spec.lr for record in some],
+                y=[record.metrics[metric] for record in some],
                 name=name,
                 mode="lines+markers",
-                line={"color": figures.BY_METHOD[index % 6]},
-                marker={"symbol": index % 6, "size": 8},
+                line={"color": figures.BY_METHOD[index % 6], "dash": ",".join(f"{2 * each:g}px" for each in dash)},
+                marker={"symbol": index, "size": 8},
                 hovertemplate="lr %{x:.2g}: %{y:.2f}",
             )
         title = f"{task}: all tries of the rate search"
@@ -185,27 +191,32 @@ def _searches(scale: str, records: Sequence[Record]) -> list[Plot]:
     return plots
 
 
-def _setting(record: Record) -> str:
+def _beside_rate(record: Record) -> str:
+    """What a search may vary beside the rate, in words."""
     alpha = (record.spec.method.peft or {}).get("lora_alpha")
-    return record.spec.name + (f" alpha {alpha:g}" if alpha is not None else "")
+    factor = record.spec.training.also_trained_lr_factor
+    words = [f"alpha {alpha:g}"] if alpha is not None else []
+    return " ".join([*words, *([f"embeddings' rate x{factor:g}"] if factor != 1 else [])])
 
 
 def _costs(views: Sequence[View]) -> list[Plot]:
     """Each task's deciding metric against trainable parameters, memory and time."""
-    points: dict[tuple[str, str], dict[str, tuple[float, Record]]] = {}
+    points: dict[tuple[str, str], dict[str, tuple[str, float, Record]]] = {}
     for view in views:
         for line in view.lines:
             for column, entry in zip(view.columns, line.entries, strict=True):
                 if entry.ours and entry.result and column.evaluation == -1:
                     [record, *_] = entry.result.records.values()
                     measured = (entry.result.cell.task, entry.metric)
-                    points.setdefault(measured, {})[entry.result.cell.name] = (entry.ours.mean, record)
+                    # The same runs may stand in several tables.
+                    named = (entry.result.cell.name, entry.ours.mean, record)
+                    points.setdefault(measured, {}).setdefault(record.id, named)
     plots = []
     axes = {"trainable parameters": "parameters", "peak memory (MB)": "memory", "training time (s)": "time"}
     for (task, metric), cells in points.items():
         for title, kind in axes.items():
             figure = go.Figure()
-            costs = {name: (_cost(record, kind), mean) for name, (mean, record) in cells.items()}
+            costs = {name: (_cost(record, kind), mean) for name, mean, record in cells.values()}
             front = sorted(point for point in costs.values() if not _beaten(point, costs.values(), metric))
             figure.add_scatter(
                 x=[cost for cost, _ in front],
