@@ -29,7 +29,8 @@ def test_every_trainer_trains_in_bf16(tmp_path, trainer, method):
 
 def test_memory_that_is_full_is_an_error_with_what_takes_less(tmp_path):
     wide = ["model.architecture.hidden_size=4096", "model.architecture.num_hidden_layers=8"]
-    batch = ["task.pairs=40000", "training.batch_size=40000", "training.steps=1", "training.evaluate_at=[]"]
+    steps = ["training.steps=1", "training.warmup_steps=0", "training.evaluate_at=[]"]
+    batch = ["task.pairs=40000", "training.batch_size=40000", *steps]
     done = train("method=lora", *wide, *batch, f"out={tmp_path}")
     assert done.returncode == 2 and "training.micro_batch_size=20000" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
