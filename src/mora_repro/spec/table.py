@@ -11,7 +11,8 @@ import yaml
 from pydantic import PositiveInt, ValidationError
 
 from ..errors import UserError, did_you_mean
-from .compose import CONF, compose_config, options
+from .compose import CONF, options
+from .remembered import spec_of
 from .run_spec import RunSpec, Strict
 
 # Rates are chosen on data of seeds from here on; tables use those below.
@@ -77,7 +78,7 @@ class Cell:
 @cache
 def _spec(cell: Cell) -> RunSpec:
     """A cell's run with seed 0; other seeds and settings follow from it without composing, which takes long."""
-    return RunSpec.from_config(compose_config(cell.overrides(0)))
+    return spec_of(cell.overrides(0))
 
 
 Rank = Literal["low", "high", "all", "none"] | PositiveInt
