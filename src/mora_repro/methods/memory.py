@@ -114,6 +114,9 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
+PARTS = (*(part.name for part in fields(Memory)), "total")
+
+
 def memory(
     spec: RunSpec, model: nn.Module, processes: int, samples: int, length: int, device: Device = "cuda"
 ) -> Memory:
@@ -167,7 +170,9 @@ def activations(spec: RunSpec, model: nn.Module, samples: int, length: int, devi
     if bf16 and whole and not spec.trainer.stage:
         copies = 2 * sum(p.numel() for p in base.parameters() if p.dim() == 2)  # autocast's, of the weights
     if spec.trainer.gradient_checkpointing:
-        return copies + len(layers) * between * tokens * config.hidden_size + max(loss, kept + backward)
+        # In fp32 the input that a layer keeps is its first norm's, which is among what it keeps in its turn.
+        inputs = between * tokens * config.hidden_size
+        return copies + len(layers) * inputs + max(loss, kept - (inputs if between == 4 else 0) + backward)
     return copies + len(layers) * kept + max(loss, backward)
 
 
@@ -209,9 +214,11 @@ def _attention(spec: RunSpec, config: Any, samples: int, length: int, value: int
 
 
 def _transient(linears: dict[str, Linear], config: Any, tokens: int, value: int) -> int:
-    """What lives for a moment in a layer's backward pass: where SwiGLU's gradients are, or in the largest linear."""
+    """What lives for a moment in a layer's backward pass: the gradients of SwiGLU's output and of its two factors, when
+    that output is let go if it was kept; or what is in a linear layer."""
     within = max(each.backward_peak - each.kept for each in linears.values())
-    return max(3 * value * tokens * config.intermediate_size, within)
+    gone = any(each.keeps_input and each.in_features == config.intermediate_size for each in linears.values())
+    return max((3 - gone) * value * tokens * config.intermediate_size, within)
 
 
 def _buffers(spec: RunSpec, model: nn.Module) -> int:

@@ -118,7 +118,9 @@ def _draw_spectra(scale: str, records: Sequence[Record]) -> tuple[Figure, list[s
         for place, name in enumerate(found.columns):
             index = [result.cell.name for result in results].index(name)
             at = [kind - 0.4 + (place + 0.5) * width for kind in range(len(found))]
-            axes.bar(at, found[name], width, label=name, color=BY_METHOD[index], hatch=HATCHES[index], edgecolor="white")
+            axes.bar(
+                at, found[name], width, label=name, color=BY_METHOD[index], hatch=HATCHES[index], edgecolor="white"
+            )
         axes.set_xticks(range(len(found)), [str(kind).removesuffix("_proj") for kind in found.index])
         axes.set_ylabel("singular values above 0.1, mean")
         axes.set_title(title(SPECTRUM, scale))
