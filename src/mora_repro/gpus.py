@@ -1,4 +1,4 @@
-"""The GPUs that runs are planned for: conf/gpus.yaml or a user's file, how many, and how much of their peak is reached."""
+"""The GPUs that runs are planned for: conf/gpus.yaml or a user's file, how many, and at what price."""
 
 from __future__ import annotations
 

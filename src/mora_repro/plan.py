@@ -1,4 +1,4 @@
-"""What runs would take, beforehand: memory, arithmetic, hours and money. `scripts/plan.py`, and `train.py plan=true`."""
+"""What runs would take, beforehand: memory, arithmetic, hours, money. `scripts/plan.py`, and `train.py plan=true`."""
 
 from __future__ import annotations
 
@@ -140,8 +140,7 @@ def plan_run(spec: RunSpec, gpu: Gpu, processes: int, utilisation: float, larges
     spec = as_on_gpus(spec)
     size = size_of(spec)
     steps = steps_of(spec.training, size.samples)
-    with warnings.catch_warnings(action="ignore"):  # of capped layers: the run itself says so
-        model = apply_method(on_meta_device(spec), spec, steps)
+    model = _on_meta(spec, steps)
     planned = Planned(spec, processes, *count_parameters(model), size, steps, {}, {}, {})
     try:
         own = batch_shape(spec.training, processes)[0]
@@ -170,6 +169,16 @@ def plan_run(spec: RunSpec, gpu: Gpu, processes: int, utilisation: float, larges
     total = each * steps * (spec.training.batch_size // samples)
     hours = total / (processes * gpu.tflops * 1e12 * utilisation) / 3600
     return replace(planned, trainer=trainer, accumulation=share // samples, flops=total, hours=hours)
+
+
+def _on_meta(spec: RunSpec, steps: int) -> nn.Module:
+    """The model with its method, without its memory."""
+    architecture = spec.model.architecture
+    if spec.model.pretrained is None and architecture and "vocab_size" not in architecture:
+        sizes = {**architecture, "vocab_size": len(load_tokenizer(spec))}
+        spec = spec.with_settings({"model.architecture": sizes})
+    with warnings.catch_warnings(action="ignore"):  # of capped layers: the run itself says so
+        return apply_method(on_meta_device(spec), spec, steps)
 
 
 def _nowhere(planned: Planned, model: nn.Module, gpu: Gpu) -> str:
@@ -230,8 +239,7 @@ def reached(name: str, machine: Machine, store: Store) -> float:
             f"{', '.join(known)}, add its GPU (gpus=<file>, with `names`), or say the part: utilisation=0.4"
         )
     spec = as_on_gpus(record.spec)
-    with warnings.catch_warnings(action="ignore"):
-        model = apply_method(on_meta_device(spec), spec, steps_of(spec.training, data.examples))
+    model = _on_meta(spec, steps_of(spec.training, data.examples))
     length = max(1, min(round(data.tokens / data.examples), spec.training.max_length))
     samples = batch_shape(spec.training, record.environment.processes)[0]
     each = flops(spec, model, samples, length).total / (samples * length)
@@ -337,8 +345,7 @@ def _grid(title: str, *columns: str, left: int = 2) -> Grid:
 def _show_memory(console: Console, lines: Sequence[Line], gpu: Gpu) -> None:
     names = [name for name in TRAINERS if any(name in planned.memory for _, planned, _ in lines)]
     grid = _grid(
-        f"GB of each GPU by trainer ({gpu.title}, {gpu.memory_gb:g} GB; x: does not fit), the one that is taken, and its "
-        f"batch",
+        f"GB of each GPU by trainer ({gpu.title}, {gpu.memory_gb:g} GB; x: does not fit), and the one that is taken",
         "task", "method", "parameters", "trained", *names, "taken", "micro x accumulation x GPUs",
     )  # fmt: skip
     for name, planned, _ in lines:
@@ -376,15 +383,15 @@ def _show_parts(console: Console, lines: Sequence[Line]) -> None:
 def _show_stages(console: Console, planned: Planned, gpu: Gpu) -> None:
     spec = planned.spec
     console.print(
-        f"{spec.id}\n{spec.model.title} with {spec.name}: {planned.trainable:,} of {planned.parameters:,} parameters are "
-        f"trained; {planned.processes} x {gpu.title}",
+        f"{spec.id}\n{spec.model.title} with {spec.name}: {planned.trainable:,} of {planned.parameters:,} parameters "
+        f"are trained; {planned.processes} x {gpu.title}",
         soft_wrap=True,
         highlight=False,
     )
     grid = _grid("GB of each GPU", "trainer", "micro x accumulation", *PARTS, f"of {gpu.memory_gb:g} GB")
     share = spec.training.batch_size // planned.processes
-    for name, taken in planned.memory.items():
-        micro = planned.micro[name]
+    for name in [name for name in ("plain", *TRAINERS) if name in planned.memory]:
+        taken, micro = planned.memory[name], planned.micro[name]
         fits = "fits" if planned.fits[name] else "does not fit"
         chosen = f"{name} (taken)" if name == planned.trainer else name
         grid.add_row(chosen, f"{micro} x {share // micro}", *_parts(taken), fits)
@@ -428,8 +435,8 @@ def _assumptions(machine: Machine, gpu: Gpu, utilisation: float, planned: Sequen
     notes = dict.fromkeys(each.size.note for each in planned if each.size.note)
     source = f"as in {machine.calibrate}" if machine.calibrate else "assumed; calibrate=<record> takes a run's"
     lines = [
-        f"{utilisation:.0%} of {gpu.tflops:g} TFLOP/s a GPU ({source}; {gpu.source}). Evaluations, loading and queues are "
-        f"not in it; recomputed layers are.",
+        f"{utilisation:.0%} of {gpu.tflops:g} TFLOP/s a GPU ({source}; {gpu.source}). Recomputed layers are in it; "
+        f"evaluations, loading and queues are not.",
         *(f"not counted, documented or estimated: {note}" for note in notes),
     ]
     return escape("\n".join(lines))
@@ -439,7 +446,7 @@ def as_csv(lines: Sequence[Line], price: float | None) -> str:
     """A row for each cell and trainer, in bytes, tokens, FLOPs and hours."""
     rows = []
     for name, planned, runs in lines:
-        for trainer in planned.memory or {"": None}:
+        for trainer in planned.memory or ("",):
             found = planned.memory.get(trainer)
             rows.append(
                 {

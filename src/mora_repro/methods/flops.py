@@ -1,13 +1,13 @@
 """How much arithmetic a training takes.
 
-A multiplication with its addition is two FLOPs. For a token, a weight matrix of P values takes 2 P forwards, 2 P for the
-gradient of its input, and 2 P for its own where it is trained. So with all weights trained it is the 6 P of Kaplan et
-al. 2020 (arXiv 2001.08361, section 2.1), and a frozen one takes 4 P: its own gradient is left out, the one that goes on
-to the layers below is not. What an adapter takes is counted on the meta device (probe.py). Attention takes 4 s a forwards
-and twice that backwards for a token among s, a being the heads' width (Chowdhery et al. 2022, arXiv 2204.02311,
-appendix B: 12 L H Q T; as there, what a causal mask would save is not taken off). Gradient checkpointing computes the
-layers' forward passes once more. Lookups, norms and the optimizer are left out: they take memory's time rather than
-arithmetic.
+A multiplication with its addition is two FLOPs. For a token, a weight matrix of P values takes 2 P forwards, 2 P for
+the gradient of its input, and 2 P for its own where it is trained. So with all weights trained it is the 6 P of Kaplan
+et al. 2020 (arXiv 2001.08361, section 2.1), and a frozen one takes 4 P: its own gradient is left out, the one that goes
+on to the layers below is not. What an adapter takes is counted on the meta device (probe.py). Attention takes 4 s a
+forwards and twice that backwards for a token among s, a being the heads' width (Chowdhery et al. 2022, arXiv
+2204.02311, appendix B: 12 L H Q T; as there, what a causal mask would save is not taken off). Gradient checkpointing
+computes the layers' forward passes once more. Lookups, norms and the optimizer are left out: they take memory's time
+rather than arithmetic.
 """
 
 from __future__ import annotations

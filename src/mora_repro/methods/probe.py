@@ -29,8 +29,7 @@ class Linear:
     Args:
         kept: bytes that autograd keeps between its forward and its backward, beside its input and its parameters.
         keeps_input: whether it keeps its input too.
-        forward_peak: bytes that live at once in its forward pass, beside its input and its parameters.
-        backward_peak: as that, in its backward pass, what is kept and the gradient of its input included.
+        backward_extra: bytes that its backward pass takes for a moment on top of all that.
         forward, backward: FLOPs, two for a multiplication with its addition.
     """
 
@@ -39,8 +38,7 @@ class Linear:
     out_features: int
     kept: int
     keeps_input: bool
-    forward_peak: int
-    backward_peak: int
+    backward_extra: int
     forward: int
     backward: int
 
@@ -118,27 +116,23 @@ def probe(layer: nn.Module, name: str, samples: int, length: int, dtype: torch.d
         held.add(one := _Held(tensor))
         return one
 
+    with _Live() as live, torch.autograd.graph.saved_tensors_hooks(hold, lambda one: one.tensor):
+        y: Tensor = layer(x)
+    by_place = {_place(one.tensor): one.tensor.untyped_storage().nbytes() for one in held}
+    keeps_input = _place(x) in by_place
+    kept = sum(size for place, size in by_place.items() if place not in fixed and place != _place(x))
+    gradient = torch.empty_like(y)
+    with live:
+        live.peak = live.now
+        before = live.now
+        torch.autograd.backward(y, gradient)
+    # In a run of its own, since the counter holds on to what would be gone.
     with warnings.catch_warnings(action="ignore"), FlopCounterMode(display=False) as counter:
-        with _Live() as forwards, torch.autograd.graph.saved_tensors_hooks(hold, lambda one: one.tensor):
-            y = layer(x)
-        kept = {_place(one.tensor): one.tensor.untyped_storage().nbytes() for one in held}
-        forward = counter.get_total_flops()
-        gradient = torch.empty_like(y)
-        kept_here = sum(size for place, size in kept.items() if place not in fixed and place != _place(x))
-        keeps_input = _place(x) in kept
-        with _Live() as backwards:
-            y.backward(gradient)
-    return Linear(
-        name,
-        in_features,
-        out_features,
-        kept_here,
-        keeps_input,
-        forwards.peak,
-        kept_here + backwards.peak,
-        int(forward),
-        int(counter.get_total_flops() - forward),
-    )
+        y = layer(x.detach().requires_grad_())
+        forward = int(counter.get_total_flops())
+        torch.autograd.backward(y, gradient)
+    backward = int(counter.get_total_flops()) - forward
+    return Linear(name, in_features, out_features, kept, keeps_input, live.peak - before, forward, backward)
 
 
 def sides(layer: nn.Module) -> tuple[int, int]:
