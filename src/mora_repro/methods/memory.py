@@ -216,7 +216,7 @@ def _attention(spec: RunSpec, config: Any, samples: int, length: int, value: int
 def _transient(linears: dict[str, Linear], config: Any, tokens: int, value: int) -> int:
     """What lives for a moment in a layer's backward pass: the gradients of SwiGLU's output and of its two factors, when
     that output is let go if it was kept; or what is in a linear layer."""
-    within = max(each.backward_extra for each in linears.values())
+    within = max(each.extra for each in linears.values())
     gone = any(each.keeps_input and each.in_features == config.intermediate_size for each in linears.values())
     return max((3 - gone) * value * tokens * config.intermediate_size, within)
 

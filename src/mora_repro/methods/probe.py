@@ -29,7 +29,7 @@ class Linear:
     Args:
         kept: bytes that autograd keeps between its forward and its backward, beside its input and its parameters.
         keeps_input: whether it keeps its input too.
-        backward_extra: bytes that its backward pass takes for a moment on top of all that.
+        extra: bytes that its forward or its backward pass takes for a moment on top of what it keeps.
         forward, backward: FLOPs, two for a multiplication with its addition.
     """
 
@@ -38,7 +38,7 @@ class Linear:
     out_features: int
     kept: int
     keeps_input: bool
-    backward_extra: int
+    extra: int
     forward: int
     backward: int
 
@@ -117,29 +117,31 @@ def probe(layer: nn.Module, name: str, samples: int, length: int, dtype: torch.d
         return one
 
     with _Live() as live, torch.autograd.graph.saved_tensors_hooks(hold, lambda one: one.tensor):
-        y: Tensor = layer(x)
+        y = cast(Tensor, layer(x))
     by_place = {_place(one.tensor): one.tensor.untyped_storage().nbytes() for one in held}
     keeps_input = _place(x) in by_place
     kept = sum(size for place, size in by_place.items() if place not in fixed and place != _place(x))
+    forward_extra = live.peak - kept
     gradient = torch.empty_like(y)
+    wanted = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     with live:
-        live.peak = live.now
-        before = live.now
-        torch.autograd.backward(y, gradient)
+        before = live.peak = live.now
+        torch.autograd.grad(y, wanted, gradient, allow_unused=True)
     # In a run of its own, since the counter holds on to what would be gone.
     with warnings.catch_warnings(action="ignore"), FlopCounterMode(display=False) as counter:
         y = layer(x.detach().requires_grad_())
         forward = int(counter.get_total_flops())
         torch.autograd.backward(y, gradient)
     backward = int(counter.get_total_flops()) - forward
-    return Linear(name, in_features, out_features, kept, keeps_input, live.peak - before, forward, backward)
+    return Linear(
+        name, in_features, out_features, kept, keeps_input, max(forward_extra, live.peak - before), forward, backward
+    )
 
 
 def sides(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer, adapted or not."""
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    return cast(int, layer.in_features), cast(int, layer.out_features)
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
 
 
 def decoder(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedConfig, nn.ModuleList]:
