@@ -203,7 +203,7 @@ def _nowhere(planned: Planned, model: nn.Module, gpu: Gpu) -> str:
     ways.append(f"GPUs of {least.total / 1e9:.0f} GB or more")
     ways.append("a smaller model: model=hf model.pretrained=<it>")
     return (
-        f"{spec.model.title} with {spec.name} fits into a {gpu.title} under no trainer: it takes {_gb(least.total)} of "
+        f"{spec.model.title} with {spec.name} fits on {gpu.title} under no trainer: it takes {_gb(least.total)} of "
         f"{gpu.memory_gb:g} GB under trainer={name} with {planned.micro[name]} samples at a time, most of it "
         f"{largest} ({_gb(parts[largest])}). What helps: {'; '.join(ways)}"
     )
