@@ -1,6 +1,6 @@
 """The most memory that a training step takes beside weights and gradients, as torch's profiler sees allocations.
 
-python peak_of_step.py <cases.json> <out.json>: a case is {"overrides": [...], "samples": b, "length": s}; bytes for each.
+python peak_of_step.py <cases.json> <out.json>: of cases {"overrides": [...], "samples": b, "length": s}, the bytes.
 """
 
 import gc

@@ -159,7 +159,7 @@ def test_what_is_offloaded_takes_no_memory_of_the_gpu():
 
 
 def test_what_a_lora_layer_keeps_by_hand():
-    spec, model = llama_7b("method=lora", "r=8")
+    _, model = llama_7b("method=lora", "r=8")
     layer = linear_modules(decoder(model)[2][0])["gate_proj"]
     tokens, k, d = 2 * 64, 4096, 11008
     found = probe(layer, "gate_proj", 2, 64, torch.bfloat16)

@@ -196,8 +196,9 @@ def _inputs(linears: dict[str, Linear], config: Any) -> list[int]:
 
 
 def _norms(layer: nn.Module, tokens: int, between: int) -> int:
-    sizes = [(p.numel(), p.requires_grad) for name, p in layer.named_parameters() if p.dim() == 1 and "norm" in name]
-    return sum(tokens * size * (4 + between * trained) for size, trained in sizes)
+    # PEFT leaves the original beside a norm that is trained, and does not run it.
+    used = {name: p for name, p in layer.named_parameters() if "norm" in name and ".original_module." not in name}
+    return sum(tokens * p.numel() * (4 + between * p.requires_grad) for p in used.values() if p.dim() == 1)
 
 
 def _attention(spec: RunSpec, config: Any, samples: int, length: int, value: int) -> int:

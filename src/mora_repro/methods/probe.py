@@ -140,13 +140,14 @@ def probe(layer: nn.Module, name: str, samples: int, length: int, dtype: torch.d
 
 def sides(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer, adapted or not."""
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    base: Any = cast(BaseTunerLayer, layer).get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
 
 
 def decoder(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedConfig, nn.ModuleList]:
     """The model of transformers below an adapter, the configuration of its text part, and its decoder layers."""
-    base = cast(PreTrainedModel, model.get_base_model() if hasattr(model, "get_base_model") else model)
+    whole: Any = model
+    base: PreTrainedModel = whole.get_base_model() if hasattr(model, "get_base_model") else whole
     config = base.config.get_text_config()
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
     return base, config, next(found for found in lists if len(found) == config.num_hidden_layers)
