@@ -83,6 +83,11 @@ def test_a_batch_that_the_gpus_cannot_share_is_a_problem_with_what_can():
     assert "trainer.processes=25" in planned.problem
 
 
+def test_a_rank_that_the_model_is_too_small_for_is_a_problem():
+    planned = plan_run(spec("scale=paper", "method=mora", "r=256", "task=pretrain"), A100, 8, 0.4)
+    assert planned.trainer is None and "The largest r that fits is 177" in planned.problem
+
+
 def test_trainers_that_a_method_cannot_use_are_left_out():
     planned = plan_run(spec("scale=paper", "method=adalora", "task=gsm8k", "r=8", "trainer=ddp"), A100, 8, 0.4)
     assert set(planned.memory) == {"ddp"} and planned.trainer == "ddp"
@@ -206,7 +211,7 @@ def test_a_cell_that_cannot_be_is_said_and_the_others_planned(command_here, tmp_
     )
     done = command_here("scripts/plan.py", f"cells={cells}", "nodes=4x8", f"csv={tmp_path / 'plan.csv'}", check=False)
     assert done.returncode == 1
-    assert "can't be: training.batch_size=1000 can't be shared by 32 processes" in done.stdout
+    assert "can't be: uuid LoRA r=8: training.batch_size=1000 can't be shared by 32 processes" in done.stdout
     assert "gsm8k" in done.stdout and "GPU-hours" in done.stdout
 
 

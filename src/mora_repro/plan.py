@@ -134,15 +134,17 @@ def plan_run(spec: RunSpec, gpu: Gpu, processes: int, utilisation: float, larges
     """Plan a run on so many GPUs.
 
     The micro-batch is the recipe's where it fits, else the largest power of two that does; with `largest` that one at
-    once. The trainer is the run's own, or where nothing fits under it the next of TRAINERS. A batch that the GPUs can't
-    share, and a model that fits nowhere, are a `problem`.
+    once. The trainer is the run's own, or where nothing fits under it the next of TRAINERS. A rank that is too high for
+    the model, a batch that the GPUs can't share, and a model that fits nowhere are a `problem`.
     """
     spec = as_on_gpus(spec)
     size = size_of(spec)
     steps = steps_of(spec.training, size.samples)
-    model = _on_meta(spec, steps)
-    planned = Planned(spec, processes, *count_parameters(model), size, steps, {}, {}, {})
+    planned = Planned(spec, processes, 0, 0, size, steps, {}, {}, {})
     try:
+        model = _on_meta(spec, steps)
+        trainable, parameters = count_parameters(model)
+        planned = replace(planned, trainable=trainable, parameters=parameters)
         own = batch_shape(spec.training, processes)[0]
     except UserError as error:
         return replace(planned, problem=str(error))
@@ -356,7 +358,7 @@ def _show_memory(console: Console, lines: Sequence[Line], gpu: Gpu) -> None:
             for each in names
         ]
         grid.add_row(
-            planned.spec.task["name"],
+            _task(planned),
             escape(name),
             _short(planned.parameters),
             _short(planned.trainable),
@@ -367,8 +369,22 @@ def _show_memory(console: Console, lines: Sequence[Line], gpu: Gpu) -> None:
             else "-",
         )
     console.print(grid)
-    for problem in dict.fromkeys(planned.problem for _, planned, _ in lines if planned.problem):
-        console.print(f"can't be: {problem}", soft_wrap=True, markup=False, highlight=False, style="red")
+    by_problem: dict[str, list[str]] = {}
+    for name, planned, _ in lines:
+        if planned.problem:
+            by_problem.setdefault(planned.problem, []).append(f"{_task(planned)} {name}")
+    for problem, names in by_problem.items():
+        _show_problem(console, f"{', '.join(names)}: {problem}")
+
+
+def _show_problem(console: Console, said: str) -> None:
+    console.print(f"can't be: {said}", soft_wrap=True, markup=False, highlight=False, style="red")
+
+
+def _task(planned: Planned) -> str:
+    """The task; pretraining has several models."""
+    spec = planned.spec
+    return f"{spec.task['name']} {spec.model.name}" if spec.task["name"] == "pretrain" else str(spec.task["name"])
 
 
 def _show_parts(console: Console, lines: Sequence[Line]) -> None:
@@ -376,7 +392,7 @@ def _show_parts(console: Console, lines: Sequence[Line]) -> None:
     for name, planned, _ in lines:
         if planned.trainer:
             taken = planned.memory[planned.trainer]
-            grid.add_row(planned.spec.task["name"], escape(name), *_parts(taken))
+            grid.add_row(_task(planned), escape(name), *_parts(taken))
     console.print(grid)
 
 
@@ -397,7 +413,7 @@ def _show_stages(console: Console, planned: Planned, gpu: Gpu) -> None:
         grid.add_row(chosen, f"{micro} x {share // micro}", *_parts(taken), fits)
     console.print(grid)
     if planned.problem:
-        console.print(f"can't be: {planned.problem}", soft_wrap=True, markup=False, highlight=False, style="red")
+        _show_problem(console, planned.problem)
 
 
 def _show_cost(console: Console, lines: Sequence[Line], price: float | None) -> None:
@@ -412,7 +428,7 @@ def _show_cost(console: Console, lines: Sequence[Line], price: float | None) -> 
             continue
         total += planned.gpu_hours * runs
         grid.add_row(
-            planned.spec.task["name"],
+            _task(planned),
             escape(name),
             f"{planned.steps:,}",
             _short(planned.tokens),
