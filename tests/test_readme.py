@@ -28,7 +28,8 @@ def test_every_python_command_composes(script, arguments):
     keys = [text for text in shlex.split(arguments) if not text.startswith("-") and text not in ("job",)]
     if script in ("train.py", "scripts/prepare.py"):
         keys = [key for key in keys if not key.startswith("show=")]
-        RunSpec.from_config(compose_config([*keys, *([] if "scale=mini" in keys else ["scale=mini"])]))
+        scale = [] if any(key.startswith("scale=") for key in keys) else ["scale=mini"]
+        RunSpec.from_config(compose_config([*keys, *scale]))
     else:
         known = yaml.safe_load((ROOT / "conf" / script).with_suffix(".yaml").read_text())
         assert {key.split("=")[0].split(".")[0] for key in keys} <= known.keys()

@@ -38,6 +38,10 @@ def main(config: DictConfig) -> int:
     launched = started_by_a_launcher()  # before anything is said, since rank 0 alone speaks
     for notice in spec.notices():
         say(notice)
+    if options.plan:
+        from .plan import plan_this  # not for runs: its imports take a moment
+
+        return plan_this(spec, config.machine, options.out)
     store = Store(options.out)
     with store.explained():
         if not options.rerun and (record := store.finished(spec.id)):

@@ -13,10 +13,12 @@ from .run_spec import RunSpec, Strict, describe
 
 
 class Options(Strict):
-    """`out` is the folder of output, `overrides` what the spec was composed from, for the record."""
+    """`out` is the folder of output, `overrides` what the spec was composed from, for the record; with `plan` the run
+    is planned alone."""
 
     out: str
     rerun: bool = False
+    plan: bool = False
     keep_checkpoints: PositiveInt = 2
     logger: dict[str, Any] = Field(default={"name": "none"})
     overrides: tuple[str, ...] = ()
@@ -29,6 +31,7 @@ class Options(Strict):
                 {
                     "out": config.out,
                     "rerun": config.rerun,
+                    "plan": config.plan,
                     "keep_checkpoints": config.trainer.keep_checkpoints,
                     "logger": OmegaConf.to_container(config.logger, resolve=True),
                     "overrides": tuple(text for text in overrides if not text.startswith(("out=", "rerun=", "logger"))),

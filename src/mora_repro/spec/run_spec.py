@@ -29,7 +29,7 @@ from .compose import CONF, RUN, compose_config, explain, find_row
 from .secrets import refuse_secrets
 
 # Keys of a configuration that do not change what a run computes; Options has them.
-OUTSIDE_IDENTITY = ("out", "rerun", "logger", "trainer.keep_checkpoints")
+OUTSIDE_IDENTITY = ("out", "rerun", "plan", "machine", "logger", "trainer.keep_checkpoints")
 
 # Keys of tasks that came after records were made, with the value that changes nothing: a task's keys are its own
 # module's, so that their defaults are not known here.
