@@ -56,7 +56,6 @@ def main() -> int:
     if not cuda and not given.tiny:
         print(f"torch {torch.__version__} finds no CUDA device: nothing to measure. A check of this script: --tiny")
         return 0
-    warnings.simplefilter("ignore")
     device = torch.cuda.get_device_name(0) if cuda else "cpu"
     print(f"{device}, torch {torch.__version__}")
     ranks = [1, 2] if given.tiny else [int(r) for r in given.ranks.split(",")]
@@ -83,6 +82,7 @@ def run_of(method: str, r: int, trainer: str, tiny: bool) -> RunSpec:
 
 def measured(method: str, r: int, trainer: str, lengths: list[int], samples: int, tiny: bool) -> list[dict[str, Any]]:
     """A case for each length, or one with the error that ended them."""
+    warnings.simplefilter("ignore")
     spec = run_of(method, r, trainer, tiny)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     case: dict[str, Any] = {"method": method, "r": r, "trainer": trainer}
