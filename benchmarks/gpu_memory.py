@@ -2,8 +2,8 @@
 
 A LLaMA of 7 B with random weights, as at scale paper: in bf16, with gradient checkpointing, LoRA, MoRA and DoRA at r=8
 and r=256, batches of 8 samples of 512 and of 2,048 tokens, some of them padding, under ZeRO 2 as it is the default
-there. It takes some minutes on one H100, no network and no data; `--trainers plain,zero2` takes twice as long. `--tiny` takes a LLaMA of some hundred thousand parameters, on a CPU too, where memory is not
-measured: a check of this script.
+there. It takes some minutes on one H100, no network and no data; `--trainers plain,zero2` takes twice as long. `--tiny`
+takes a LLaMA of some hundred thousand parameters, on a CPU too, where memory is not measured: a check of this script.
 """
 
 from __future__ import annotations
