@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import shlex
+from collections.abc import Sequence
 from itertools import accumulate, groupby
 
 from omegaconf import DictConfig, open_dict
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .data.benchmarks import refuse_unread
-from .data.preparation import prepare
+from .data.preparation import is_prepared, prepare
 from .data.task import IGNORED, build_task
 from .data.tokens import Example, processes
 from .distributed import say
@@ -65,6 +67,29 @@ def main(config: DictConfig) -> int:
         f"{own + processes() * others:,.0f} MB"
     )
     return 0
+
+
+def refuse_unprepared(spec: RunSpec, store: Store, overrides: Sequence[str]) -> None:
+    """Raise UserError, with the command that gets it, where something of `main`'s is not there yet.
+
+    The hub's libraries are to be offline (HF_HUB_OFFLINE), so that nothing is fetched.
+    """
+    transformers_logging.set_verbosity_error()
+    try:
+        download(spec)
+        tokenizer = load_tokenizer(spec)
+        task = build_task(spec).for_tokenizer(tokenizer)
+        fetch(task.benchmarks(spec.eval))
+        there = is_prepared(spec, task, tokenizer, store.out)
+    except UserError as error:
+        raise UserError(f"{spec.id}: {error}\n{_how(store, overrides)}") from error
+    if not there:
+        raise UserError(f"{spec.id}: the training set is not in {store.out / 'data'} yet.\n{_how(store, overrides)}")
+
+
+def _how(store: Store, overrides: Sequence[str]) -> str:
+    command = shlex.join(["python", "scripts/prepare.py", *overrides, f"out={store.out}"])
+    return f"Where there is internet, such as the login node: {command}"
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
