@@ -656,7 +656,7 @@ def _slurm(*command: str) -> str:
 
 def queue(manifest: Manifest) -> list[Element]:
     """What of the sweep is running or waiting, by the names of its jobs."""
-    if shutil.which("squeue") is None:
+    if not manifest.batches or shutil.which("squeue") is None:
         return []
     names = {f"{manifest.key}-{batch.name}" for batch in manifest.batches}
     found = []

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
@@ -173,11 +174,18 @@ class Cluster:
     def start_node(self, node: str) -> None:
         self._daemon("slurmd", "-D", "-N", node, "-f", str(self.conf), name=node)
 
-    def kill(self, name: str) -> None:
-        """End a daemon (slurmctld or a node's slurmd) at once. With a node, what runs on it ends, as in a power cut."""
-        self.daemons.pop(name).kill()
-        if name in NODES:
-            for process in _of_jobs(self.conf, name):
+    def restart_controller(self) -> None:
+        self._end("slurmctld")  # which writes its state; killed, it would lose the last seconds
+        self.start_controller()
+
+    def cut_power(self, node: str) -> None:
+        """End a node's slurmd and all that runs on it at once, so that nobody reports it."""
+        self.daemons.pop(node).kill()
+        jobs = _of_jobs(self.conf, node)
+        parents = {_parent(process) for process in jobs} - set(jobs)
+        steps = [process for process in parents if _command(process).startswith("slurmstepd")]
+        for process in [*steps, *jobs]:
+            with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
     def said(self, *command: str) -> str:
@@ -200,16 +208,20 @@ class Cluster:
             deadline = time.monotonic() + 10
             while self.said(*with_jobs) and time.monotonic() < deadline:
                 time.sleep(0.1)
-        for process in reversed(self.daemons.values()):
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        for name in reversed(list(self.daemons)):
+            self._end(name)
         for process_id in _of_jobs(self.conf):
-            os.kill(process_id, signal.SIGKILL)
-        self.daemons.clear()
+            with suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
         os.environ.pop("SLURM_CONF", None)
+
+    def _end(self, name: str) -> None:
+        process = self.daemons.pop(name)
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _of_jobs(conf: Path, node: str | None = None) -> list[int]:
@@ -224,6 +236,14 @@ def _of_jobs(conf: Path, node: str | None = None) -> list[int]:
         if ours and (node is None or f"SLURMD_NODENAME={node}" in variables):
             found.append(int(path.parent.name))
     return [process for process in found if process != os.getpid()]
+
+
+def _command(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text(errors="replace")
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _free_ports(count: int) -> list[int]:
@@ -248,7 +268,12 @@ def _until(reached: Callable[[], bool], what: str, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+def _end(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    with Cluster(Path(sys.argv[1]), accounting="--accounting" in sys.argv) as cluster:
+    signal.signal(signal.SIGTERM, _end)
+    with Cluster(Path(sys.argv[1]), accounting="--accounting" in sys.argv) as cluster, suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={cluster.conf}", flush=True)
-        signal.sigwait([signal.SIGINT, signal.SIGTERM])
+        signal.pause()

@@ -18,11 +18,14 @@ OVERRIDES = [text for text in TINY if not text.startswith(("task=", "scale="))]
 class Submitted:
     """A sweep of own cells with one seed, in a folder of its own."""
 
-    def __init__(self, folder: Path, rows: list[dict], profile: dict | None = None, **keys: object):
+    def __init__(
+        self, folder: Path, rows: list[dict], profile: dict | None = None, table: dict | None = None, **keys: object
+    ):
+        """`table` has further keys of the table of cells, `keys` are of the sweep."""
         folder.mkdir(parents=True, exist_ok=True)
-        task = {"name": "own", "title": "own", "task": "uuid", "overrides": OVERRIDES}
+        own = {"name": "own", "title": "own", "task": "uuid", "overrides": OVERRIDES}
         self.folder, self.keys = folder, keys
-        (folder / "own.yaml").write_text(yaml.safe_dump({**task, **keys.pop("cells", {}), "rows": rows}))
+        (folder / "own.yaml").write_text(yaml.safe_dump({**own, **(table or {}), "rows": rows}))
         self.change_profile(profile or {})
         self.out = folder / "out"
         self.path = self.out / "sweeps" / "own-mini"
