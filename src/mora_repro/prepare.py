@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shlex
-from collections.abc import Sequence
 from itertools import accumulate, groupby
 
 from omegaconf import DictConfig, open_dict
@@ -69,8 +67,8 @@ def main(config: DictConfig) -> int:
     return 0
 
 
-def refuse_unprepared(spec: RunSpec, store: Store, overrides: Sequence[str]) -> None:
-    """Raise UserError, with the command that gets it, where something of `main`'s is not there yet.
+def missing(spec: RunSpec, store: Store) -> str | None:
+    """What of `main`'s a run has not got yet, in words; None where all is there.
 
     The hub's libraries are to be offline (HF_HUB_OFFLINE), so that nothing is fetched.
     """
@@ -80,16 +78,11 @@ def refuse_unprepared(spec: RunSpec, store: Store, overrides: Sequence[str]) -> 
         tokenizer = load_tokenizer(spec)
         task = build_task(spec).for_tokenizer(tokenizer)
         fetch(task.benchmarks(spec.eval))
-        there = is_prepared(spec, task, tokenizer, store.out)
     except UserError as error:
-        raise UserError(f"{spec.id}: {error}\n{_how(store, overrides)}") from error
-    if not there:
-        raise UserError(f"{spec.id}: the training set is not in {store.out / 'data'} yet.\n{_how(store, overrides)}")
-
-
-def _how(store: Store, overrides: Sequence[str]) -> str:
-    command = shlex.join(["python", "scripts/prepare.py", *overrides, f"out={store.out}"])
-    return f"Where there is internet, such as the login node: {command}"
+        return str(error)
+    if spec.task.get("data", "generated") == "generated" or is_prepared(spec, task, tokenizer, store.out):
+        return None  # what is generated is made in seconds
+    return f"the training set is not in {store.out / 'data'}"
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:

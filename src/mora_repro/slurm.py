@@ -776,7 +776,7 @@ def _why(job: Job, manifest: Manifest, batch: Batch, index: int, past: Element |
             f"{state.lower()} without a word: a compute node that can't see {manifest.out} can't write the log. Choose "
             f"a folder on a file system that all nodes share: out=<folder>"
         )
-    elif errors := [line for line in log.splitlines() if "error: " in line]:
+    elif errors := re.findall(r"^(?:\d+: )?error: (.*)", log, re.MULTILINE):  # ours; --label puts a number before it
         reason = f"{state.lower()}: {errors[-1]}"
     elif record and record.error:
         reason = f"{record.status}: {record.error}"
@@ -802,8 +802,7 @@ def _refuse_missing(manifest: Manifest, new: list[Batch]) -> None:
     for run in (run for batch in new for run in _runs(batch)):
         spec = manifest.runs[run].spec
         if needs_the_hub(spec):
-            parts = (spec.task | {"seed": 0}, spec.model, spec.eval, spec.training.max_length)
-            different.setdefault(repr(parts), run)
+            different.setdefault(repr((spec.task, spec.model, spec.eval, spec.training.max_length)), run)
     if not different:
         return
     files = [str(_write_run_file(run, manifest)) for run in different.values()]
@@ -817,14 +816,22 @@ def _refuse_missing(manifest: Manifest, new: list[Batch]) -> None:
 def check(files: Sequence[str]) -> int:
     """Look, without a network, whether all is there that the runs need.
 
-    Raises UserError with the command that prepares it.
+    Raises UserError with the commands that prepare it.
     """
-    from .prepare import refuse_unprepared  # takes seconds
+    from .prepare import missing  # takes seconds
 
+    why, commands = [], []
     for path in files:
         job = RunFile.load(Path(path))
-        if needs_the_hub(job.spec):
-            refuse_unprepared(job.spec, Store(job.options.out), job.options.overrides)
+        if needs_the_hub(job.spec) and (lack := missing(job.spec, Store(job.options.out))):
+            why.append(f"{job.spec.id}: {lack}")
+            words = ["python", "scripts/prepare.py", *job.options.overrides, _override("out", job.options.out)]
+            commands.append(shlex.join(words))
+    if why:
+        raise UserError(
+            f"{len(why)} of {len(files)} runs lack what they need. {why[0]}\nWhere there is internet, such as on the login "
+            "node:\n" + "\n".join(commands)
+        )
     return 0
 
 

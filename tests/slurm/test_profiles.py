@@ -1,15 +1,17 @@
 """Profiles, manifests and scripts, where no cluster is needed."""
 
 import json
+import shlex
 import subprocess
 
 import pytest
 import yaml
-from sweeps import Submitted
+from sweeps import OVERRIDES, Submitted
 
 from mora_repro.errors import UserError
-from mora_repro.slurm import LAUNCHER, Profile, shape_of
+from mora_repro.slurm import LAUNCHER, Profile, check, shape_of
 from mora_repro.spec import RunSpec, compose_config
+from mora_repro.spec.options import Options, RunFile
 
 FFT = [{"method": "fft"}]
 
@@ -80,6 +82,29 @@ def test_a_dry_run_prints_scripts_that_bash_can_read_and_writes_nothing(tmp_path
     for script in said.split("#!/bin/bash")[1:]:
         subprocess.run(["bash", "-n"], input=script.partition("\n# train-")[0], text=True, check=True)
     assert not sweep.out.exists()
+
+
+@pytest.mark.slow
+def test_data_that_is_not_prepared_is_named_with_the_commands_for_all_runs(tmp_path, command):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        row = json.dumps({"question": f"how many in {split}?", "answer": "one and one #### 2"})
+        (tmp_path / "data" / f"{split}.jsonl").write_text(row + "\n")
+    model = [text for text in OVERRIDES if text.startswith("model.")]
+    files = []
+    for seed in (0, 1):
+        overrides = ["method=fft", "task=gsm8k", "scale=mini", f"task.data={tmp_path / 'data'}", *model, f"seed={seed}"]
+        spec = RunSpec.from_config(compose_config(overrides))
+        files.append(tmp_path / f"{seed}.json")
+        options = Options(out=str(tmp_path / "out"), overrides=tuple(overrides))
+        files[-1].write_text(RunFile(spec=spec, options=options).model_dump_json())
+    with pytest.raises(UserError, match=r"2 of 2 runs lack .* training set is not in \S+/out/data") as error:
+        check(files)
+    commands = str(error.value).splitlines()[2:]
+    assert len(commands) == 2
+    for line in commands:
+        command(*shlex.split(line)[1:])
+    assert check(files) == 0
 
 
 def test_without_slurm_it_says_what_installs_it_and_what_works(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Sweeps on a real Slurm of two nodes: they end whatever happens in between, with the numbers of undisturbed runs."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -133,6 +132,7 @@ HOSTILE = "a'b\"; touch PWNED; $(touch PWNED) `touch PWNED` #%j"
 def test_small_runs_share_a_node_and_hostile_values_do_nothing(tmp_path, monkeypatch):
     (tmp_path / HOSTILE).mkdir()
     monkeypatch.chdir(tmp_path / HOSTILE)
+    monkeypatch.setenv("HF_TOKEN", "hf_never_written_down")
     row = {"method": "lora", "rank": "low"}
     rows = [row, {"method": "fft"}, {**row, "overrides": ["lr=1e30"]}]
     profile = {"gpus_per_node": 4, "packed": 2, "env": {"X": HOSTILE}, "interface": HOSTILE, "modules": [HOSTILE]}
@@ -145,7 +145,8 @@ def test_small_runs_share_a_node_and_hostile_values_do_nothing(tmp_path, monkeyp
     assert statuses == ["diverged", "finished", "finished"], sweep.log("train-1-0")
     assert not list(tmp_path.rglob("PWNED")) and not (ROOT / "PWNED").exists()
     assert not list(tmp_path.glob("mora-*")), "the scratch folder stays"
-    assert not re.search("PWNED", subprocess.run(["ls"], capture_output=True, text=True).stdout)
+    for path in (path for path in sweep.path.rglob("*") if path.is_file()):
+        assert "hf_never_written_down" not in path.read_text(), path
 
 
 def test_what_is_queued_or_done_is_not_submitted_again_and_what_is_cancelled_is(tmp_path, capsys):
