@@ -99,7 +99,8 @@ def as_launched(spec: RunSpec, options: Options) -> int:
     status = as_one_of_many(spec, options)
     if status == 0 and (record := Store(options.out).load(spec.id)):
         say(f"finished: {shown(record)}\nrecord:  {Store(options.out).record_path(spec.id)}")
-    return status
+    # torchrun takes every other status for a failure, and shows it at length.
+    return 0 if status == INTERRUPTED and "TORCHELASTIC_RUN_ID" in os.environ else status
 
 
 def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) -> int:

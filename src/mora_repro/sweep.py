@@ -53,7 +53,7 @@ def main(config: DictConfig) -> int:
     """`python scripts/sweep.py`; the exit status: 0, 1 where a run failed, 130 when interrupted."""
     sweep = script_config(Sweep, config, "sweep")
     if sweep.launcher == "slurm":
-        from .slurm import main as on_slurm  # which imports this module
+        from .slurm.submit import main as on_slurm  # which imports this module
 
         return on_slurm(sweep)
     cells = sweep.all_cells()

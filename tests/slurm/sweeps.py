@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 from tiny import TINY
 
-from mora_repro.slurm import Manifest, main
+from mora_repro.slurm.manifest import Manifest
+from mora_repro.slurm.submit import main
 from mora_repro.sweep import Sweep
 
 PROFILE = {"minutes": 10, "memory_gb": 3}

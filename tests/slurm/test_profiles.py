@@ -9,7 +9,8 @@ import yaml
 from sweeps import OVERRIDES, Submitted
 
 from mora_repro.errors import UserError
-from mora_repro.slurm import LAUNCHER, Profile, check, shape_of
+from mora_repro.slurm.profile import LAUNCHER, Profile, shape_of
+from mora_repro.slurm.scripts import check
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.spec.options import Options, RunFile
 

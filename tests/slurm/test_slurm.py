@@ -24,17 +24,24 @@ def finished(out):
 
 
 def test_two_nodes_of_two_processes_with_zero_2_give_the_losses_of_one_process(tmp_path):
+    """Also where they are stopped in between, as before a time limit."""
     build_extensions()
-    four = {"method": "lora", "rank": "low", "overrides": ["trainer=zero2", "trainer.processes=null"]}
-    one = {"method": "lora", "rank": "low", "overrides": ["training.micro_batch_size=1"]}
+    steps = ["training.steps=60", "training.save_every=2"]
+    four = {"method": "lora", "rank": "low", "overrides": [*steps, "trainer=zero2", "trainer.processes=null"]}
+    one = {"method": "lora", "rank": "low", "overrides": [*steps, "training.micro_batch_size=1"]}
     sweep = Submitted(tmp_path, [four, one], {"nodes": 2, "processes": 2})
     assert sweep() == 0
+    run = sweep.run_of("trainer=zero2")
+    until(lambda: list(sweep.out.glob(f"work/{run}/checkpoints/checkpoint-*")), "no checkpoint")
+    slurm("scancel", "--batch", "--signal=USR1", f"{sweep.manifest.batches[0].id}_0")
     until_all_ended()
     records = finished(sweep.out)
-    many, alone = records[sweep.run_of("trainer=zero2")], records[sweep.run_of("training.micro_batch_size=1")]
+    many, alone = records[run], records[sweep.run_of("training.micro_batch_size=1")]
     assert (many.environment.processes, alone.environment.processes) == (4, 1), sweep.log("train-1-0")
     assert many.curve.loss == pytest.approx(alone.curve.loss, abs=5e-6)
-    assert "batch 4 = 4 x 1 x 1" in sweep.log("train-1-0") and "batch 4 = 1 x 1 x 4" in sweep.log("train-2-0")
+    log = sweep.log("train-1-0")
+    assert "batch 4 = 4 x 1 x 1" in log and "batch 4 = 1 x 1 x 4" in sweep.log("train-2-0")
+    assert "going on from step" in log and "Traceback" not in log, log
 
 
 def test_a_search_its_choice_and_the_runs_need_no_hand_in_between(tmp_path):
