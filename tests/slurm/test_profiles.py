@@ -1,6 +1,7 @@
 """Profiles, manifests and scripts, where no cluster is needed."""
 
 import json
+import os
 import shlex
 import subprocess
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from sweeps import OVERRIDES, Submitted
 
+from mora_repro import worker
 from mora_repro.errors import UserError
 from mora_repro.slurm.profile import LAUNCHER, Profile, shape_of
 from mora_repro.slurm.scripts import check
@@ -65,6 +67,14 @@ def test_what_a_run_takes_follows_from_its_trainer_and_the_profile(trainer, shap
     spec = RunSpec.from_config(compose_config(["scale=mini", "method=lora", "training.batch_size=16", *trainer]))
     found = shape_of(spec, profile)
     assert (found.nodes, found.processes, found.packed) == shape
+
+
+def test_runs_side_by_side_have_a_file_and_a_gpu_each(monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert worker._own(["a.json", "b.json"]) == "b.json"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    assert worker._own(["a.json"]) == "a.json"
 
 
 def test_processes_that_do_not_fill_their_nodes_are_refused():

@@ -19,6 +19,8 @@ from ..spec.options import Options, RunFile
 from .manifest import Batch, Manifest, as_override
 from .profile import Shape, shape_of
 
+SMALL_GB = 8  # are enough for a job that chooses or writes the report
+
 
 def script(batch: Batch, manifest: Manifest) -> str:
     """What sbatch is given."""
@@ -35,7 +37,7 @@ def script(batch: Batch, manifest: Manifest) -> str:
     specs = [manifest.runs[run].spec for run in batch.runs]
     profile = manifest.profile
     shape = shape_of(specs[0], profile) if specs else Shape(minutes=60, processes=1)
-    options = _sbatch_options(batch, manifest, shape, len(specs))
+    options = _sbatch_options(batch, manifest, shape)
     return environment.get_template(f"{batch.stage}.sh.j2").render(
         options=[f"{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
         + ["--requeue", *(shlex.quote(option) for option in profile.sbatch)],
@@ -55,13 +57,15 @@ def script(batch: Batch, manifest: Manifest) -> str:
     )
 
 
-def _sbatch_options(batch: Batch, manifest: Manifest, shape: Shape, runs: int) -> dict[str, Any]:
+def _sbatch_options(batch: Batch, manifest: Manifest, shape: Shape) -> dict[str, Any]:
     profile = manifest.profile
     training = batch.stage == "train"
     per_node = (shape.processes or 1) * shape.packed
     gpu = f"gpu:{profile.gpu_type}" if profile.gpu_type else "gpu"
     at_once = f"%{profile.at_once}" if profile.at_once else ""
-    memory = profile.memory_gb and f"{max(1, round(profile.memory_gb * 1024 * (per_node if training else 1)))}M"
+    memory = profile.memory_gb
+    if memory:
+        memory = memory * per_node if training else min(memory, SMALL_GB)
     log = str(manifest.path / "logs" / batch.name).replace("%", "%%")
     return {
         "--job-name": f"{manifest.key}-{batch.name}",
@@ -73,9 +77,9 @@ def _sbatch_options(batch: Batch, manifest: Manifest, shape: Shape, runs: int) -
         "--qos": profile.qos,
         "--nodes": shape.nodes,
         "--ntasks-per-node": shape.packed,
-        "--cpus-per-task": profile.cpus_per_process * (shape.processes or 1),
+        "--cpus-per-task": profile.cpus_per_process * (shape.processes or 1) if training else 1,
         "--gres": f"{gpu}:{per_node}" if training and profile.gpus_per_node else None,
-        "--mem": memory,
+        "--mem": f"{memory * 1024:.0f}M" if memory else None,
         "--time": shape.minutes,
         "--signal": f"B:USR1@{profile.signal_seconds}" if training else None,
     }
