@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .data.benchmarks import refuse_unread
-from .data.preparation import prepare
+from .data.preparation import is_prepared, prepare
 from .data.task import IGNORED, build_task
 from .data.tokens import Example, processes
 from .distributed import say
@@ -65,6 +65,24 @@ def main(config: DictConfig) -> int:
         f"{own + processes() * others:,.0f} MB"
     )
     return 0
+
+
+def missing(spec: RunSpec, store: Store) -> str | None:
+    """What of `main`'s a run has not got yet, in words; None where all is there.
+
+    The hub's libraries are to be offline (HF_HUB_OFFLINE), so that nothing is fetched.
+    """
+    transformers_logging.set_verbosity_error()
+    try:
+        download(spec)
+        tokenizer = load_tokenizer(spec)
+        task = build_task(spec).for_tokenizer(tokenizer)
+        fetch(task.benchmarks(spec.eval))
+    except UserError as error:
+        return str(error)
+    if spec.task.get("data", "generated") == "generated" or is_prepared(spec, task, tokenizer, store.out):
+        return None  # what is generated is made in seconds
+    return f"the training set is not in {store.out / 'data'}"
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:

@@ -91,6 +91,22 @@ def start(spec: RunSpec, options: Options, processes: int) -> int:
         raise
 
 
+def as_launched(spec: RunSpec, options: Options) -> int:
+    """This process's part of a run whose file torchrun or srun handed to it; the exit status."""
+    for notice in spec.notices():
+        say(notice)
+    try:
+        refuse_this_machine(spec, size())
+    except UserError as error:
+        say(f"error: {error}")
+        return 2
+    status = as_one_of_many(spec, options)
+    if status == 0 and (record := Store(options.out).load(spec.id)):
+        say(f"finished: {shown(record)}\nrecord:  {Store(options.out).record_path(spec.id)}")
+    # torchrun takes every other status for a failure, and shows it at length.
+    return 0 if status == INTERRUPTED and "TORCHELASTIC_RUN_ID" in os.environ else status
+
+
 def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) -> int:
     """This process's part of a run that a launcher started; the exit status. Of many errors, one is shown."""
     try:

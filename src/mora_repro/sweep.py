@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -51,6 +52,10 @@ class Job:
 def main(config: DictConfig) -> int:
     """`python scripts/sweep.py`; the exit status: 0, 1 where a run failed, 130 when interrupted."""
     sweep = script_config(Sweep, config, "sweep")
+    if sweep.launcher == "slurm":
+        from .slurm.submit import main as on_slurm  # which imports this module
+
+        return on_slurm(sweep)
     cells = sweep.all_cells()
     store = Store(sweep.out)
     if sweep.status:
@@ -84,6 +89,21 @@ class Sweep(Strict):
     workers: PositiveInt | None
     status: bool
     out: str
+    launcher: Literal["local", "slurm"] = "local"
+    profile: str | None = None
+    name: str | None = None
+    dry_run: bool = False
+    cancel: bool = False
+    retry: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Sweep:
+        if sum((self.status, self.dry_run, self.cancel, self.retry)) > 1:
+            raise ValueError("one at a time of status, dry_run, cancel and retry")
+        for key in ("profile", "name", "dry_run", "cancel", "retry"):
+            if self.launcher == "local" and getattr(self, key):
+                raise ValueError(f"{key} is of launcher=slurm: add launcher=slurm, or leave {key} out")
+        return self
 
     @property
     def tables(self) -> list[str]:
@@ -166,7 +186,7 @@ def _status(jobs: Sequence[Job], states: dict[str, str], store: Store) -> Grid:
     for task, some in by_task.items():
         grid.add_row(task, *(str(some.count(str(column.header))) for column in grid.columns[1:]))
     running = [job for job in jobs if states[job.spec.id] == "running"]
-    lines = [f"running: {title(job.spec)} {_note(store, job)}" for job in running]
+    lines = [f"running: {title(job.spec)} {note(store, job)}" for job in running]
     lines += [f"failed: {title(job.spec)}" for job in jobs if states[job.spec.id] == "failed"]
     took = [r.cost.wall_s for job in jobs if (r := store.finished(job.spec.id)) and r.cost]
     left = sum(state in ("waiting", "interrupted", "running") for state in states.values())
@@ -178,7 +198,7 @@ def _status(jobs: Sequence[Job], states: dict[str, str], store: Store) -> Grid:
     return grid
 
 
-def _note(store: Store, job: Job) -> str:
+def note(store: Store, job: Job) -> str:
     steps, total, note = _tail(store.work(job.spec.id) / "metrics.jsonl") or (0, None, "starting")
     return f"{steps}/{total} {note}" if total else note
 
@@ -202,7 +222,7 @@ def run_jobs(jobs: list[Job], store: Store, workers: int | None = None) -> int:
     on. What another sweep runs is left to it. On SIGINT or SIGTERM every run saves a checkpoint and ends, and the next
     call goes on from there.
     """
-    waiting = [job for job in jobs if not _has_result(store, job)]
+    waiting = [job for job in jobs if not has_result(store, job)]
     console = Console(stderr=True)
     console.print(
         f"{len(jobs)} runs, {len(jobs) - len(waiting)} finished before; records: {store.out / 'runs'}, "
@@ -224,7 +244,7 @@ def run_jobs(jobs: list[Job], store: Store, workers: int | None = None) -> int:
     return 1 if pool.failed else 0
 
 
-def _has_result(store: Store, job: Job) -> bool:
+def has_result(store: Store, job: Job) -> bool:
     """Whether it finished; that a try of a search diverged is a result too."""
     record = store.load(job.spec.id)
     if record is None:
@@ -292,7 +312,7 @@ class Pool:
     def _next(self) -> Job | None:
         """The next job that no other sweep runs, or has run meanwhile; None where there is none now."""
         for job in list(self.waiting):
-            if _has_result(self.store, job):
+            if has_result(self.store, job):
                 self.waiting.remove(job)
                 self.done += 1
                 self.console.print(f"done by another sweep: {title(job.spec)}", highlight=False, soft_wrap=True)
@@ -345,7 +365,7 @@ class Pool:
             del self.running[run_id]
             self.progress.remove_task(running.line)
             record = self.store.load(run_id)
-            if record is None or not _has_result(self.store, job):
+            if record is None or not has_result(self.store, job):
                 log = self.store.work(run_id) / "log.txt"
                 # A loss that diverged would do so again.
                 again = self.attempts[run_id] < ATTEMPTS and not (record and record.status == "diverged")

@@ -36,7 +36,7 @@ def prepare(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, out: 
 
     Raises UserError: no sample is left.
     """
-    folder = out / "data" / f"{task.name}-{fingerprint(spec, task, tokenizer)}"
+    folder = _folder(spec, task, tokenizer, out)
     index = None
     if is_main():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +46,15 @@ def prepare(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, out: 
     barrier()
     assert index is not None
     return TrainingSet(folder, index)
+
+
+def is_prepared(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, out: Path) -> bool:
+    """Whether the training set is there."""
+    return _folder(spec, task, tokenizer, out).exists()
+
+
+def _folder(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
+    return out / "data" / f"{task.name}-{fingerprint(spec, task, tokenizer)}"
 
 
 def fingerprint(spec: RunSpec, task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
