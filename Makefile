@@ -8,7 +8,7 @@ export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format reproduce report methods docs clean distclean
+.PHONY: help setup demo test test-fast test-cluster lint format reproduce report methods docs clean distclean
 
 help: ## this list
 	@echo "Targets (they set up $(VENV) first where it is missing):"
@@ -31,8 +31,11 @@ demo: $(VENV)/installed ## Table 2 of the paper at scale mini, one seed, offline
 	@$(BIN)/python scripts/sweep.py table=2 scale=mini seeds=1 out=results/demo
 	@$(BIN)/python scripts/report.py out=results/demo
 
-test: $(VENV)/installed ## all tests
-	@$(BIN)/pytest -n 2 --dist worksteal
+test: $(VENV)/installed ## all tests but those that start a cluster
+	@$(BIN)/pytest -n 2 --dist worksteal -m 'not cluster'
+
+test-cluster: $(VENV)/installed ## the tests on a Slurm of two nodes, which they start here (as root)
+	@$(BIN)/pytest -m cluster tests/slurm
 
 test-fast: $(VENV)/installed ## the tests without whole runs: under two minutes
 	@$(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not gpu'

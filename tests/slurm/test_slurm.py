@@ -13,7 +13,7 @@ from mora_repro.results.records import Store
 from mora_repro.results.search import search
 from mora_repro.training import build_extensions
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
 
 def finished(out):
