@@ -44,10 +44,7 @@ def main(config: DictConfig) -> int:
     Raises UserError: no such run, no weights of it, a folder that is there or can't be written, a method that can't
     be merged.
     """
-    warnings.simplefilter("ignore", FutureWarning)  # of what PEFT calls in transformers
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where PEFT looks for it, warns
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     wanted = script_config(Export, config, "export")
     store = Store(wanted.out)
     record = finished_record(wanted.run, store)
@@ -66,6 +63,14 @@ def main(config: DictConfig) -> int:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"exported: {to}, {what}\nhow to load it: {to / 'README.md'}", file=sys.stderr)
     return 0
+
+
+def quiet_libraries() -> None:
+    """For scripts that load weights and train nothing."""
+    warnings.simplefilter("ignore", FutureWarning)  # of what PEFT calls in transformers
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where PEFT looks for it, warns
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def export(record: Record, store: Store, weights: Path, merge: bool, folder: Path, to: Path) -> str:
@@ -101,7 +106,9 @@ def finished_record(run: str, store: Store) -> Record:
             f"All: ls {store.out / 'runs'}"
         )
     if record.status != "finished":
-        raise UserError(f"run={run} has not finished (its status: {record.status}). Run it: {_command(record, store)}")
+        raise UserError(
+            f"run={run} has not finished (its status: {record.status}). Run it: {command_of(record, store)}"
+        )
     return record
 
 
@@ -111,12 +118,12 @@ def weights_of(record: Record, store: Store) -> Path:
     if not folder.exists():
         raise UserError(
             f"the weights of {record.id} are not in {folder}: records are kept without them. Make them again: "
-            f"{_command(record, store)} rerun=true"
+            f"{command_of(record, store)} rerun=true"
         )
     return folder
 
 
-def _command(record: Record, store: Store) -> str:
+def command_of(record: Record, store: Store) -> str:
     return record.command + ("" if store.out == Path("results") else f" out={shlex.quote(str(store.out))}")
 
 
@@ -139,7 +146,7 @@ def _write_base(record: Record, store: Store, folder: Path) -> None:
     if base is None:
         raise UserError(
             f"{record.id} adapts the weights of {spec.model.base_id}, and {store.out / 'runs'} has no record of that. "
-            f"Make both again: {_command(record, store)} rerun=true"
+            f"Make both again: {command_of(record, store)} rerun=true"
         )
     shutil.copytree(weights_of(base, store), folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
 

@@ -13,7 +13,7 @@ from pydantic import Field, PositiveFloat, ValidationError
 
 from .errors import UserError, did_you_mean
 from .spec import CONF
-from .spec.run_spec import Strict
+from .spec.run_spec import Strict, briefly
 
 
 class Gpu(Strict):
@@ -90,8 +90,7 @@ def read_gpus(path: Path) -> dict[str, Gpu]:
     except (yaml.YAMLError, AttributeError) as error:
         raise UserError(f"gpus={path} is no YAML of names. An example: {CONF / 'gpus.yaml'}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
-        raise UserError(f"gpus={path} has no GPUs ({problems}). An example: {CONF / 'gpus.yaml'}") from error
+        raise UserError(f"gpus={path} has no GPUs ({briefly(error)}). An example: {CONF / 'gpus.yaml'}") from error
 
 
 def gpu_called(device: str, known: dict[str, Gpu]) -> str | None:

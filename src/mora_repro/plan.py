@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -27,13 +27,14 @@ from .errors import UserError
 from .gpus import Gpu, Machine, gpu_called
 from .methods import apply_method, count_parameters, load_tokenizer, on_meta_device
 from .methods.flops import flops
-from .methods.memory import PARTS, Memory, as_on_gpus, memory, under
+from .methods.memory import PARTS, Memory, as_on_gpus, gb, memory, under
+from .report.terminal import short
 from .results.records import Record, Store
-from .results.search import grid
+from .results.search import grid, rounds_of
 from .spec import RunSpec
-from .spec.compose import options, recipe_value, recipes
+from .spec.compose import recipes
 from .spec.run_spec import describe, script_config
-from .spec.table import FIRST_SEARCH_SEED, Cell, load_table, read_table
+from .spec.table import Cell, Selection
 from .training import batch_shape, processes_wanted, steps_of
 
 TRAINERS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")  # from the one that takes most to that which takes least
@@ -200,14 +201,14 @@ def _nowhere(planned: Planned, model: nn.Module, gpu: Gpu) -> str:
             samples = planned.micro.get("zero3", 1)
             taken = memory(zero3, model, processes, samples, planned.size.longest)
             if taken.total <= gpu.memory_gb * 1e9 and spec.training.batch_size % processes == 0:
-                ways.append(f"trainer=zero3 on {processes} GPUs ({_gb(taken.total)} each)")
+                ways.append(f"trainer=zero3 on {processes} GPUs ({gb(taken.total)} each)")
                 break
     ways.append(f"GPUs of {least.total / 1e9:.0f} GB or more")
     ways.append("a smaller model: model=hf model.pretrained=<it>")
     return (
-        f"{spec.model.title} with {spec.name} fits on {gpu.title} under no trainer: it takes {_gb(least.total)} of "
+        f"{spec.model.title} with {spec.name} fits on {gpu.title} under no trainer: it takes {gb(least.total)} of "
         f"{gpu.memory_gb:g} GB under trainer={name} with {planned.micro[name]} samples at a time, most of it "
-        f"{largest} ({_gb(parts[largest])}). What helps: {'; '.join(ways)}"
+        f"{largest} ({gb(parts[largest])}). What helps: {'; '.join(ways)}"
     )
 
 
@@ -253,27 +254,11 @@ def reached(name: str, machine: Machine, store: Store) -> float:
 # The commands
 
 
-class Wanted(Machine):
+class Wanted(Machine, Selection):
     """conf/scripts/plan.yaml, validated."""
 
-    table: str | int | tuple[str | int, ...] | None
-    cells: str | None
-    scale: str
-    seeds: int = Field(ge=0, le=FIRST_SEARCH_SEED)
-    search: bool
     csv: str | None
     out: str
-
-    def all_cells(self) -> list[Cell]:
-        """The different cells of the tables and of the user's own file. Raises UserError where there are none."""
-        if self.table is None and self.cells is None:
-            raise UserError(
-                f"which runs? table=<name>, of {', '.join(options('table'))} or all, or cells=<file> in their form"
-            )
-        names = [str(name) for name in (self.table if isinstance(self.table, tuple) else (self.table,)) if name]
-        tables = [load_table(name) for name in (options("table") if names == ["all"] else names)]
-        tables += [read_table(Path(self.cells))] if self.cells else []
-        return list(dict.fromkeys(cell for each in tables for cell in each.cells(self.scale)))
 
 
 def main(config: DictConfig) -> int:
@@ -327,7 +312,7 @@ def plan_this(spec: RunSpec, config: DictConfig, out: str) -> int:
 
 def tries(cell: Cell) -> int:
     """How many runs a cell's search makes."""
-    return len(grid(cell)) + int(recipe_value(cell.scale, cell.task, cell.recipe, cell.r, "search_rounds"))
+    return len(grid(cell)) + rounds_of(cell)
 
 
 def _utilisation(machine: Machine, store: Store) -> float:
@@ -360,8 +345,8 @@ def _show_memory(console: Console, lines: Sequence[Line], gpu: Gpu) -> None:
         grid.add_row(
             _task(planned),
             escape(name),
-            _short(planned.parameters),
-            _short(planned.trainable),
+            short(planned.parameters),
+            short(planned.trainable),
             *sizes,
             planned.trainer or "-",
             f"{planned.micro[planned.trainer]} x {planned.accumulation} x {planned.processes}"
@@ -431,7 +416,7 @@ def _show_cost(console: Console, lines: Sequence[Line], price: float | None) -> 
             _task(planned),
             escape(name),
             f"{planned.steps:,}",
-            _short(planned.tokens),
+            short(planned.tokens),
             f"{planned.flops / 1e18:,.3g}",
             f"{planned.hours:,.1f}",
             f"{planned.gpu_hours:,.1f}",
@@ -497,15 +482,3 @@ def as_csv(lines: Sequence[Line], price: float | None) -> str:
 
 def _parts(taken: Memory) -> list[str]:
     return [f"{getattr(taken, part) / 1e9:.2f}" for part in PARTS]
-
-
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.1f} GB"
-
-
-def _short(count: float) -> str:
-    """Three figures: 33.7k, 662M, 6.74B."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size * 0.9995:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import re
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +22,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging as transformers_logging
 
 from .data.benchmarks import KNOWN, Benchmark, Harness, HeldOut, known, refuse_unread
 from .data.task import build_task
@@ -32,7 +29,7 @@ from .disk import write_atomically
 from .distributed import from_main, is_main, join, leave, say, size, started_by_a_launcher
 from .errors import UserError
 from .evaluation import ENOUGH, evaluate, fetch, refuse_no_room
-from .export import ADAPTER, finished_record, registering_module, weights_of
+from .export import ADAPTER, finished_record, quiet_libraries, registering_module, weights_of
 from .methods import load_base, load_tokenizer, precision
 from .results.environment import describe_environment
 from .results.records import Environment, Store, write_samples
@@ -76,10 +73,7 @@ def main(config: DictConfig) -> int:
 
     Raises UserError: no such run or model, no weights of it, a task that is not known, data that can't be had.
     """
-    warnings.simplefilter("ignore", FutureWarning)  # of what PEFT calls in transformers
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where PEFT looks for it, warns
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     wanted = script_config(Wanted, config, "evaluate")
     if (wanted.run is None) == (wanted.model is None):
         raise UserError("name what is scored: a run (run=<id>), or a model (model=<hub id or folder>), and not both")

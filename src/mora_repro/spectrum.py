@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
-import warnings
 
 import torch
 from omegaconf import DictConfig
@@ -13,11 +11,10 @@ from peft import PeftModel
 from rich.progress import track
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from .disk import weights_sha256
 from .errors import UserError
-from .export import finished_record, weights_of
+from .export import command_of, finished_record, quiet_libraries, weights_of
 from .methods import load_tokenizer
 from .results.aggregate import collect
 from .results.records import SINGULAR_VALUES, Record, Spectrum, Store
@@ -42,10 +39,7 @@ def main(config: DictConfig) -> int:
 
     Raises UserError: no such run or table, no weights of the run named, or weights that no adapter can be merged into.
     """
-    warnings.simplefilter("ignore", FutureWarning)  # of what PEFT calls in transformers
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where PEFT looks for it, warns
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     wanted = script_config(Wanted, config, "spectrum")
     store = Store(wanted.out)
     if (wanted.run is None) == (wanted.table is None):
@@ -56,16 +50,20 @@ def main(config: DictConfig) -> int:
         records = [finished_record(run, store) for run in runs]
     else:
         results = collect(load_table(str(wanted.table)).cells(wanted.scale), store.load_all()[0])
-        records = [r for result in results for r in result.records.values() if r.spectrum is None]
-        for record in [record for record in records if not (store.work(record.id) / "model").exists()]:
-            print(f"the weights of {record.id} are gone; again with rerun=true: {record.command}", file=sys.stderr)
-            records.remove(record)
-            status = 1
-        if not any(result.records for result in results):
+        finished = [record for result in results for record in result.records.values()]
+        if not finished:
             raise UserError(
                 f"table={wanted.table} scale={wanted.scale} has no finished run in {store.out / 'runs'}. Make them: "
                 f"python scripts/sweep.py table={wanted.table} scale={wanted.scale} seeds=3"
             )
+        records = []
+        for record in (record for record in finished if record.spectrum is None):
+            if (store.work(record.id) / "model").exists():
+                records.append(record)
+            else:
+                again = f"{command_of(record, store)} rerun=true"
+                print(f"the weights of {record.id} are gone. Make them again: {again}", file=sys.stderr)
+                status = 1
     for record in track(records, "singular values", disable=not sys.stderr.isatty()):
         with store.explained():
             found = spectrum(record, store)
@@ -89,7 +87,7 @@ def spectrum(record: Record, store: Store) -> Spectrum:
     if base and weights_sha256(weights_of(finished_record(base, store), store)) != record.data.base_sha256:
         raise UserError(
             f"{record.id} started from other weights than {store.work(base)} has, made on another machine, say. "
-            f"Make it again: {record.command} rerun=true"
+            f"Make it again: {command_of(record, store)} rerun=true"
         )
     tokenizer = load_tokenizer(spec)
     trained = load_model(spec, tokenizer, weights_of(record, store), store).float()

@@ -16,7 +16,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -29,9 +29,9 @@ from .results.records import Store
 from .results.search import Search, search, settled, table
 from .signals import answered_by, interrupt
 from .spec import INTERRUPTED, RunSpec, compose_config
-from .spec.compose import ROOT, options
-from .spec.run_spec import Strict, script_config
-from .spec.table import FIRST_SEARCH_SEED, Cell, load_table, read_table
+from .spec.compose import ROOT
+from .spec.run_spec import script_config
+from .spec.table import FIRST_SEARCH_SEED, Cell, Selection
 
 POLL_SECONDS = 0.5
 ATTEMPTS = 2  # at a run that fails
@@ -78,14 +78,9 @@ def main(config: DictConfig) -> int:
     return status
 
 
-class Sweep(Strict):
-    """conf/scripts/sweep.yaml, validated. The seeds of tables and that of searches are kept apart."""
+class Sweep(Selection):
+    """conf/scripts/sweep.yaml, validated."""
 
-    table: str | int | tuple[str | int, ...] | None
-    cells: str | None
-    scale: str
-    seeds: int = Field(ge=0, le=FIRST_SEARCH_SEED)
-    search: bool
     workers: PositiveInt | None
     status: bool
     out: str
@@ -105,30 +100,13 @@ class Sweep(Strict):
                 raise ValueError(f"{key} is of launcher=slurm: add launcher=slurm, or leave {key} out")
         return self
 
-    @property
-    def tables(self) -> list[str]:
-        if self.table is None:
-            return []
-        names = [str(name) for name in (self.table if isinstance(self.table, tuple) else (self.table,))]
-        return options("table") if names == ["all"] else names
-
-    def all_cells(self) -> list[Cell]:
-        """The different cells of the tables and of the user's own file. Raises UserError where there are none."""
-        if self.table is None and self.cells is None:
-            raise UserError(
-                f"which runs? table=<name>, of {', '.join(options('table'))} or all, or cells=<file> in their form"
-            )
-        tables = [load_table(name) for name in self.tables]
-        tables += [read_table(Path(self.cells))] if self.cells else []
-        return list(dict.fromkeys(cell for each in tables for cell in each.cells(self.scale)))
-
 
 def planned(cells: Sequence[Cell], sweep: Sweep, store: Store) -> list[Job]:
     """All runs of the cells that are known so far: the tries of a search and, once it has ended, a run per seed."""
     near = by_kind(store.load_all()[0])
     jobs: dict[str, Job] = {}
     for cell in cells:
-        records = near.get((cell.method, cell.r, cell.task, cell.scale), [])
+        records = near.get(cell.kind, [])
         if sweep.search and not (found := search(cell, records)).finished:
             made = [cell.tried(setting) for setting in found.tries]
         else:
@@ -143,7 +121,7 @@ def write_searches(cells: Sequence[Cell], store: Store) -> None:
     near = by_kind(store.load_all()[0])
     searches: dict[str, list[Search]] = {}
     for cell in cells:
-        found = search(cell, near.get((cell.method, cell.r, cell.task, cell.scale), []))
+        found = search(cell, near.get(cell.kind, []))
         searches.setdefault(f"{cell.task}-{cell.scale}", []).append(found)
     for name, some in searches.items():
         if any(found.records for found in some):

@@ -266,9 +266,9 @@ def refuse_what_does_not_fit(spec: RunSpec, model: nn.Module, processes: int, av
                 ways.append(f"python train.py method={spec.method.name} task={spec.task['name']} scale=mini")
             ways.append(_smaller_model(model, there / need))
             raise UserError(
-                f"{spec.model.title} with {spec.name} takes {_gb(need)} of {where} for weights, gradients and "
+                f"{spec.model.title} with {spec.name} takes {gb(need)} of {where} for weights, gradients and "
                 f"optimizer states, before activations (trainer={spec.trainer.name}, {_many(processes)}, "
-                f"{precision(spec)}), and {has} {_gb(there)}: {_gb(need - there)} too little. "
+                f"{precision(spec)}), and {has} {gb(there)}: {gb(need - there)} too little. "
                 f"What fits: {'; '.join(ways)}"
             )
 
@@ -301,13 +301,13 @@ def _trainers(spec: RunSpec, model: nn.Module, processes: int, available: int) -
             continue
         gpu, offloaded = bytes_per_process(other, model, processes), _offloaded(other, model, processes)
         if gpu <= available and offloaded <= ram:
-            takes = f"{_gb(offloaded)} of the machine's memory" if other.trainer.offload else f"{_gb(gpu)} a GPU"
+            takes = f"{gb(offloaded)} of the machine's memory" if other.trainer.offload else f"{gb(gpu)} a GPU"
             ways.append(f"trainer={name} ({takes})")
     if "zero3" not in spec.method.cannot and not any(way.startswith("trainer=zero3 ") for way in ways):
         zero3 = under(spec, "zero3")
         for number in range(processes + 1, MAX_GPUS + 1):
             if (gpu := bytes_per_process(zero3, model, number)) <= available:
-                ways.append(f"trainer=zero3 with {number} GPUs or more ({_gb(gpu)} each)")
+                ways.append(f"trainer=zero3 with {number} GPUs or more ({gb(gpu)} each)")
                 break
     return ways
 
@@ -328,7 +328,7 @@ def _with_trainer(spec: RunSpec, **values: object) -> RunSpec:
     return spec.model_copy(update={"trainer": spec.trainer.model_copy(update=values)})
 
 
-def _gb(number: int) -> str:
+def gb(number: int) -> str:
     return f"{number / 1e9:.1f} GB"
 
 

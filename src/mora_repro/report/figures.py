@@ -26,14 +26,15 @@ from ..spec.table import load_table
 
 CURVES = ("figure2", "figure3", "figure4")
 SPECTRUM = "figure5"
+COUNTED = "singular values above 0.1, mean"
 NAMES = (*CURVES, SPECTRUM)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; line styles tell the curves apart in grey.
 BLACK = "#000000"
 BY_RANK = ["#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7"]
 BY_METHOD = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+HATCHES = ["", "/", ".", "x"]
 # Dotted, dashed, dash-dotted, long dashes, dash-dot-dotted, long dash and dot.
-HATCHES = ["", "//", "..", "xx"]
 LINES = [(0, dashes) for dashes in ((1, 1), (4, 1.2), (5, 1, 1, 1), (9, 1.5), (5, 1, 1, 1, 1, 1), (11, 1, 2, 1))]
 
 # Text stays text in the PDF, with its font.
@@ -70,8 +71,9 @@ def spectra(scale: str, records: Sequence[Record]) -> tuple[pd.DataFrame, list[C
     columns = {}
     for result in results:
         if found := [record.spectrum.above for record in result.records.values() if record.spectrum]:
-            by_kind = {kind: [count for above in found for count in above[kind]] for kind in found[0]}
-            columns[result.cell.name] = pd.Series({kind: statistics.fmean(by_kind[kind]) for kind in by_kind})
+            counts = {kind: [count for above in found for count in above[kind]] for kind in found[0]}
+            means = {kind.removesuffix("_proj"): statistics.fmean(some) for kind, some in counts.items()}
+            columns[result.cell.name] = pd.Series(means)
     return pd.DataFrame(columns), results
 
 
@@ -116,13 +118,11 @@ def _draw_spectra(scale: str, records: Sequence[Record]) -> tuple[Figure, list[s
         figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
         width = 0.8 / len(found.columns)
         for place, name in enumerate(found.columns):
-            index = [result.cell.name for result in results].index(name)
+            colour, hatch = bar_style(str(name), results)
             at = [kind - 0.4 + (place + 0.5) * width for kind in range(len(found))]
-            axes.bar(
-                at, found[name], width, label=name, color=BY_METHOD[index], hatch=HATCHES[index], edgecolor="white"
-            )
-        axes.set_xticks(range(len(found)), [str(kind).removesuffix("_proj") for kind in found.index])
-        axes.set_ylabel("singular values above 0.1, mean")
+            axes.bar(at, found[name], width, label=name, color=colour, hatch=2 * hatch, edgecolor="white")
+        axes.set_xticks(range(len(found)), [str(kind) for kind in found.index])
+        axes.set_ylabel(COUNTED)
         axes.set_title(title(SPECTRUM, scale))
         axes.grid(axis="y", alpha=0.3, linewidth=0.5)
         axes.set_axisbelow(True)
@@ -133,6 +133,12 @@ def _draw_spectra(scale: str, records: Sequence[Record]) -> tuple[Figure, list[s
         note += f" Not run, or not counted: {', '.join(missing)}." if missing else ""
         figure.supxlabel(textwrap.fill(note, 105), x=0.01, ha="left", fontsize=7.5, color="#444444")
     return figure, missing
+
+
+def bar_style(name: str, results: Sequence[CellResult]) -> tuple[str, str]:
+    """The colour and the hatch of a cell's bars, the same whichever others have run."""
+    place = [result.cell.name for result in results].index(name)
+    return BY_METHOD[place], HATCHES[place]
 
 
 def _draw_curves(name: str, scale: str, records: Sequence[Record]) -> tuple[Figure, list[str]] | None:

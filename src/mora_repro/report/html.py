@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -87,10 +88,8 @@ def _table(view: View) -> dict[str, object]:
             }
             for entry, first in zip(line.entries, winners, strict=True)
         ]
-        paper = [
-            {"text": tables.shown_paper(entry.paper), "value": entry.paper} for entry in line.entries if view.has_paper
-        ]
-        rows.append({"line": line, "ours": cells, "paper": paper})
+        paper = [{"text": tables.shown_paper(entry.paper), "value": entry.paper} for entry in line.entries]
+        rows.append({"line": line, "ours": cells, "paper": paper if view.has_paper else []})
     return {
         "view": view,
         "name": view.name,
@@ -98,7 +97,7 @@ def _table(view: View) -> dict[str, object]:
         "title": view.table.title,
         "caption": tables.caption(view),
         "ours": view.titles,
-        "paper": [tables.paper_title(column) for column in view.columns if view.has_paper],
+        "paper": [tables.paper_title(column) for column in view.columns] if view.has_paper else [],
         "rows": rows,
     }
 
@@ -120,7 +119,7 @@ def _curves(name: str, scale: str, records: Sequence[Record]) -> Plot | None:
     figure = go.Figure()
     for curve in found:
         colour, line = figures.style(curve.result, results)
-        dash = "solid" if line == "-" else ",".join(f"{2 * length:g}px" for length in line[1])
+        dash = _dash(line)
         steps = list(curve.mean.index)
         if len(curve.result.records) > 1:
             figure.add_scatter(
@@ -146,18 +145,25 @@ def _curves(name: str, scale: str, records: Sequence[Record]) -> Plot | None:
     return _plot(figure, f"{name}-{scale}", title, "training step", "training loss", y_log=True)
 
 
+def _dash(line: Any) -> str:
+    """A line style of matplotlib's, as plotly has it."""
+    return "solid" if line == "-" else ",".join(f"{2 * length:g}px" for length in line[1])
+
+
 def _spectra(scale: str, records: Sequence[Record]) -> Plot | None:
     """Figure 5."""
-    found, _ = figures.spectra(scale, records)
+    found, results = figures.spectra(scale, records)
     if found.empty:
         return None
     figure = go.Figure()
-    for index, name in enumerate(found.columns):
-        marker = {"color": figures.BY_METHOD[index], "pattern_shape": ["", "/", ".", "x"][index]}
-        kinds = [str(kind).removesuffix("_proj") for kind in found.index]
-        figure.add_bar(x=kinds, y=list(found[name]), name=name, marker=marker, hovertemplate="%{x}: %{y:.1f}")
+    for name in found.columns:
+        colour, hatch = figures.bar_style(str(name), results)
+        marker = {"color": colour, "pattern_shape": hatch}
+        figure.add_bar(
+            x=list(found.index), y=list(found[name]), name=name, marker=marker, hovertemplate="%{x}: %{y:.1f}"
+        )
     title = figures.title(figures.SPECTRUM, scale)
-    return _plot(figure, f"{figures.SPECTRUM}-{scale}", title, "linear layer", "singular values above 0.1, mean")
+    return _plot(figure, f"{figures.SPECTRUM}-{scale}", title, "linear layer", figures.COUNTED)
 
 
 def _searches(scale: str, records: Sequence[Record]) -> list[Plot]:
@@ -168,24 +174,21 @@ def _searches(scale: str, records: Sequence[Record]) -> list[Plot]:
         figure = go.Figure()
         of_task = [record for record in tries if record.spec.task["name"] == task]
         metric = of_task[0].spec.task["metric"]
-        cells = sorted({record.spec.name for record in of_task})
-        lines: dict[str, list[Record]] = {}
+        cells: dict[str, dict[str, list[Record]]] = {}
         for record in sorted(of_task, key=lambda record: (record.spec.name, _beside_rate(record), record.spec.lr)):
-            lines.setdefault(f"{record.spec.name} {_beside_rate(record)}".strip(), []).append(record)
-        of_cell: Counter[str] = Counter()
-        for name, some in lines.items():
-            index, place = cells.index(some[0].spec.name), of_cell[some[0].spec.name]
-            of_cell[some[0].spec.name] += 1
-            dash = figures.LINES[place % len(figures.LINES)][1]
-            figure.add_scatter(
-                x=[record.spec.lr for record in some],
-                y=[record.metrics[metric] for record in some],
-                name=name,
-                mode="lines+markers",
-                line={"color": figures.BY_METHOD[index % 6], "dash": ",".join(f"{2 * each:g}px" for each in dash)},
-                marker={"symbol": index, "size": 8},
-                hovertemplate="lr %{x:.2g}: %{y:.2f}",
-            )
+            cells.setdefault(record.spec.name, {}).setdefault(_beside_rate(record), []).append(record)
+        for index, (name, lines) in enumerate(cells.items()):
+            for place, (beside, some) in enumerate(lines.items()):
+                dash = _dash(figures.LINES[place % len(figures.LINES)])
+                figure.add_scatter(
+                    x=[record.spec.lr for record in some],
+                    y=[record.metrics[metric] for record in some],
+                    name=f"{name} {beside}".strip(),
+                    mode="lines+markers",
+                    line={"color": figures.BY_METHOD[index % 6], "dash": dash},
+                    marker={"symbol": index, "size": 8},
+                    hovertemplate="lr %{x:.2g}: %{y:.2f}",
+                )
         title = f"{task}: all tries of the rate search"
         plots.append(_plot(figure, f"search-{task}-{scale}", title, "learning rate", metric, x_log=True))
     return plots

@@ -16,6 +16,7 @@ from ..results.records import Record, higher_is_better
 from ..spec.compose import ROOT
 from ..spec.table import Cell, Column, Row, Table, at, load_table, ranks
 
+DIFFERENCE = "ours less paper's"  # a group of columns
 MOST_NAMED = 8  # cells that have not run, in a caption; the table marks all
 BUDGET_TOLERANCE = 0.02  # of LoRA's trainable parameters at the same rank
 PAPER = ROOT / "results" / "paper" / "results.yaml"
@@ -270,7 +271,9 @@ def shown_difference(entry: Entry) -> str:
 
 def frame(view: View, bold: Callable[[str], str]) -> pd.DataFrame:
     """The table as it is read, its columns in groups; `bold` marks a column's winner."""
-    groups = ("", f"ours ({view.scale})", "paper", "ours less paper's")
+    groups = ("", f"ours ({view.scale})", "paper", DIFFERENCE)
+    paper = view.columns if view.has_paper else ()
+    differences = paper if view.scale == "paper" else ()  # elsewhere the numbers can't be compared
     winners = view.winners()
     rows = []
     for index, line in enumerate(view.lines):
@@ -282,12 +285,10 @@ def frame(view: View, bold: Callable[[str], str]) -> pd.DataFrame:
         cells[groups[0], "seeds"] = str(len(line.seeds))
         for title, entry, first in zip(view.titles, line.entries, winners, strict=True):
             cells[groups[1], title] = bold(shown(entry)) if first == index else shown(entry)
-        for column, entry in zip(view.columns, line.entries, strict=True):
-            if view.has_paper:
-                cells[groups[2], paper_title(column)] = shown_paper(entry.paper)
-        for column, entry in zip(view.columns, line.entries, strict=True):
-            if view.has_paper and view.scale == "paper":  # elsewhere the numbers can't be compared
-                cells[groups[3], paper_title(column)] = shown_difference(entry)
+        for column, entry in zip(paper, line.entries):
+            cells[groups[2], paper_title(column)] = shown_paper(entry.paper)
+        for column, entry in zip(differences, line.entries):
+            cells[groups[3], paper_title(column)] = shown_difference(entry)
         rows.append(cells)
     return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(rows[0]))
 
@@ -335,7 +336,7 @@ SEVERAL_BASES = "The runs started from {} different sets of base weights, made o
 def markdown(view: View) -> str:
     cells = frame(view, "**{}**".format)
     ours, paper = f"ours ({view.scale})", "paper"
-    short = {ours: "", paper: "paper: ", "ours less paper's": "difference: ", "": ""}
+    short = {ours: "", paper: "paper: ", DIFFERENCE: "difference: ", "": ""}
     cells.columns = pd.Index([short[group] + name for group, name in cells.columns])
     align = ["left"] + ["right"] * (cells.shape[1] - 1)
     return f"{caption(view)}\n\n{cells.to_markdown(index=False, colalign=align, disable_numparse=True)}\n"

@@ -39,7 +39,7 @@ def grid(view: View, width: int) -> Grid:
         ours = [f"[bold]{text}[/bold]" if first == index else text for text, first in zip(ours, winners, strict=True)]
         lines.add_row(
             escape(line.name),
-            _short(line.trainable) + ("†" if line.off_budget else ""),
+            short(line.trainable) + ("†" if line.off_budget else ""),
             str(len(line.seeds)) if line.seeds else "not run",
             "",
             *ours,
@@ -82,11 +82,11 @@ def said(found: Sequence[Verdict]) -> Grid:
     return lines
 
 
-def _short(count: int | None) -> str:
+def short(count: float | None) -> str:
     """A count in four figures at most: 33.7k, 662k, 6.74B."""
     if count is None:
         return "-"
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size * 0.9995:
             return f"{count / size:.3g}{unit}"
-    return str(count)
+    return f"{count:.0f}"

@@ -82,7 +82,7 @@ def collect(cells: Sequence[Cell], records: Sequence[Record]) -> list[CellResult
     near = by_kind(records)
     results = []
     for cell in cells:
-        ours = near.get((cell.method, cell.r, cell.task, cell.scale), [])
+        ours = near.get(cell.kind, [])
         taken = settled(cell, ours)
         finished = {record.id: record for record in ours if record.status == "finished"}
         seeds = sorted({record.spec.seed for record in finished.values() if record.spec.seed < FIRST_SEARCH_SEED})
@@ -92,7 +92,7 @@ def collect(cells: Sequence[Cell], records: Sequence[Record]) -> list[CellResult
 
 
 def by_kind(records: Sequence[Record]) -> dict[tuple[str, int | None, str, str], list[Record]]:
-    """Records by method, rank, task and scale."""
+    """Records by what is a cell's `kind`."""
     near: dict[tuple[str, int | None, str, str], list[Record]] = {}
     for record in records:
         spec = record.spec

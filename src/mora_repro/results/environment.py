@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -13,8 +12,8 @@ from typing import Literal
 import psutil
 import torch
 
+from ..checkout import git
 from ..distributed import size
-from ..spec.compose import ROOT
 from .records import Environment
 
 PACKAGES = (
@@ -31,8 +30,8 @@ PACKAGES = (
 
 
 def describe_environment(precision: Literal["fp32", "bf16"]) -> Environment:
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no")
     return Environment(
         git_commit=commit,
         git_dirty=None if commit is None else bool(changes),
@@ -68,11 +67,3 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

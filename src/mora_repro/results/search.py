@@ -57,7 +57,7 @@ def search(cell: Cell, records: Sequence[Record]) -> Search:
     made = {_setting(cell, record): record for record in records if _is_try(cell, record)}
     scores = {setting: _score(record) for setting, record in made.items()}
     tries = [*grid(cell)]
-    rounds = int(recipe_value(cell.scale, cell.task, cell.recipe, cell.r, "search_rounds"))
+    rounds = rounds_of(cell)
     while rounds and all(setting in scores for setting in tries):
         following = _next(tries, scores)
         if following is None:
@@ -75,6 +75,11 @@ def settled(cell: Cell, records: Sequence[Record]) -> Cell:
     if not found.finished or found.best is None:
         return cell
     return cell.with_settings(found.best)
+
+
+def rounds_of(cell: Cell) -> int:
+    """How many further settings a cell tries, around the best of its grid."""
+    return int(recipe_value(cell.scale, cell.task, cell.recipe, cell.r, "search_rounds"))
 
 
 @cache

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +17,12 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from ..checkout import git
 from ..disk import write_atomically
 from ..errors import UserError
 from ..results.records import Store
 from ..spec import RunSpec
-from ..spec.compose import ROOT
-from ..spec.run_spec import Strict, describe
+from ..spec.run_spec import Strict, problems
 from ..spec.table import Cell
 from ..sweep import Sweep
 from .profile import Profile
@@ -120,8 +119,9 @@ class Manifest(Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = describe(error).partition(". See it whole")[0]
-            raise UserError(f"{path} can't be read: {problems}. Start anew under another name: name=<new>") from error
+            raise UserError(
+                f"{path} can't be read: {problems(error)}. Start anew under another name: name=<new>"
+            ) from error
 
 
 def as_override(key: str, value: str) -> str:
@@ -157,17 +157,12 @@ def manifest_of(sweep: Sweep, store: Store) -> Manifest:
         "sweep": asked,
         "cells": tuple(sweep.all_cells()),
         "profile": profile,
-        "made_with": {"mora-repro": version("mora-repro"), "commit": _commit()},
+        "made_with": {"mora-repro": version("mora-repro"), "commit": git("rev-parse", "HEAD") or "unknown"},
     }
     folder = store.out / "sweeps" / str(values["name"])
     if (folder / "manifest.json").exists():
         return Manifest.load(folder).model_copy(update=values)
     return Manifest(**values)
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from ..errors import UserError, did_you_mean
 from ..spec import RunSpec
 from ..spec.compose import CONF
-from ..spec.run_spec import Strict, describe
+from ..spec.run_spec import Strict, problems
 from ..spec.secrets import refuse_secrets
 
 LAUNCHER = CONF / "launcher"
@@ -116,8 +116,9 @@ class Profile(Shape):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = describe(error).partition(". See it whole")[0]
-            raise UserError(f"profile={name}: {problems}. What the keys mean: {LAUNCHER / 'slurm.yaml'}") from error
+            raise UserError(
+                f"profile={name}: {problems(error)}. What the keys mean: {LAUNCHER / 'slurm.yaml'}"
+            ) from error
 
 
 def _read_profile(name: str) -> dict[str, Any]:

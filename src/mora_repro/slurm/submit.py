@@ -132,9 +132,7 @@ def _is_searching(manifest: Manifest) -> bool:
     if not manifest.sweep.search:
         return False
     near = by_kind(Store(manifest.out).load_all()[0])
-    return any(
-        not search(cell, near.get((cell.method, cell.r, cell.task, cell.scale), [])).finished for cell in manifest.cells
-    )
+    return any(not search(cell, near.get(cell.kind, [])).finished for cell in manifest.cells)
 
 
 def _submitted(manifest: Manifest, batch: Batch, after: Sequence[str]) -> Manifest:

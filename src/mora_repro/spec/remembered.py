@@ -12,9 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from .compose import CONF, compose_config
-from .run_spec import RunSpec
-
-NAMING_FILES = ("task.data", "task.general", "model.pretrained", "model.tokenizer", "eval.data")
+from .run_spec import NAMING_FILES, RunSpec
 
 
 def spec_of(overrides: list[str]) -> RunSpec:
@@ -23,7 +21,7 @@ def spec_of(overrides: list[str]) -> RunSpec:
     It is kept in the user's cache folder, by all of conf/ and the code of this package. Specs with files or folders of
     the user's are not, since their ids follow the contents.
     """
-    if any(text.startswith(NAMING_FILES) for text in overrides):
+    if any(text.startswith((*NAMING_FILES, "eval.data")) for text in overrides):
         return RunSpec.from_config(compose_config(overrides))
     key = json.dumps(overrides)
     if key in (known := _known()):

@@ -31,6 +31,9 @@ from .secrets import refuse_secrets
 # Keys of a configuration that do not change what a run computes; Options has them.
 OUTSIDE_IDENTITY = ("out", "rerun", "plan", "machine", "logger", "trainer.keep_checkpoints")
 
+# Keys whose value may be a file or folder; so may those of eval.data.
+NAMING_FILES = ("task.data", "task.general", "model.pretrained", "model.tokenizer")
+
 # Keys of tasks that came after records were made, with the value that changes nothing: a task's keys are its own
 # module's, so that their defaults are not known here.
 LATER_TASK_KEYS: dict[str, Any] = {
@@ -344,8 +347,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _contents(values: dict[str, Any]) -> dict[str, str]:
     """sha256 of the local files and folders that a configuration names, so that another content is another run."""
-    named = {f"task.{key}": values["task"].get(key) for key in ("data", "general")}
-    named |= {f"model.{key}": values["model"].get(key) for key in ("pretrained", "tokenizer")}
+    named = {key: values[key.split(".")[0]].get(key.split(".")[1]) for key in NAMING_FILES}
     named |= {f"eval.data.{name}": path for name, path in values["eval"]["data"].items()}
     return {key: sha256_of(Path(path)) for key, path in named.items() if path and Path(path).exists()}
 
@@ -362,7 +364,17 @@ def sha256_of(source: Path) -> str:
     return digest.hexdigest()
 
 
+def briefly(error: ValidationError) -> str:
+    """The first three wrong values of a user's file: where, and what is wanted."""
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
+
+
 def describe(error: ValidationError, script: str = "train.py") -> str:
+    """`problems`, and how a script shows all its values."""
+    return f"{problems(error)}. See it whole: python {script} --cfg job --resolve"
+
+
+def problems(error: ValidationError) -> str:
     """One line per wrong value: its key, the value, what is wanted."""
     lines = []
     for item in error.errors():
@@ -370,7 +382,7 @@ def describe(error: ValidationError, script: str = "train.py") -> str:
         problem = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, such as [75,300]")
         shown = f"{key}={item['input']!r}: " if not isinstance(item["input"], dict) else (f"{key}: " if key else "")
         lines.append(shown + problem[0].lower() + problem[1:])
-    return "\n       ".join(lines) + f". See it whole: python {script} --cfg job --resolve"
+    return "\n       ".join(lines)
 
 
 def script_config(kind: type[Config], config: DictConfig, script: str) -> Config:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from ..errors import UserError, did_you_mean
 from .compose import CONF, options
 from .remembered import spec_of
-from .run_spec import RunSpec, Strict
+from .run_spec import RunSpec, Strict, briefly
 
 # Rates are chosen on data of seeds from here on; tables use those below.
 FIRST_SEARCH_SEED = 100
@@ -63,6 +63,11 @@ class Cell:
             return overrides, spec
         validation = spec.eval.model_copy(update={"split": "validation"})
         return [*overrides, "eval.split=validation"], spec.model_copy(update={"eval": validation})
+
+    @property
+    def kind(self) -> tuple[str, int | None, str, str]:
+        """Method, rank, task and scale, which its records and its tries have in common."""
+        return self.method, self.r, self.task, self.scale
 
     @property
     def recipe(self) -> str:
@@ -185,5 +190,36 @@ def read_table(path: Path) -> Table:
     except yaml.YAMLError as error:
         raise UserError(f"cells={path} is no YAML: {error}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
-        raise UserError(f"cells={path} is no table ({problems}). An example: {CONF / 'table' / '1.yaml'}") from error
+        raise UserError(
+            f"cells={path} is no table ({briefly(error)}). An example: {CONF / 'table' / '1.yaml'}"
+        ) from error
+
+
+class Selection(Strict):
+    """Which runs: the keys that conf/scripts/sweep.yaml and plan.yaml share.
+
+    The seeds of tables and that of searches are kept apart.
+    """
+
+    table: str | int | tuple[str | int, ...] | None
+    cells: str | None
+    scale: str
+    seeds: int = Field(ge=0, le=FIRST_SEARCH_SEED)
+    search: bool
+
+    @property
+    def tables(self) -> list[str]:
+        if self.table is None:
+            return []
+        names = [str(name) for name in (self.table if isinstance(self.table, tuple) else (self.table,))]
+        return options("table") if names == ["all"] else names
+
+    def all_cells(self) -> list[Cell]:
+        """The different cells of the tables and of the user's own file. Raises UserError where there are none."""
+        if self.table is None and self.cells is None:
+            raise UserError(
+                f"which runs? table=<name>, of {', '.join(options('table'))} or all, or cells=<file> in their form"
+            )
+        tables = [load_table(name) for name in self.tables]
+        tables += [read_table(Path(self.cells))] if self.cells else []
+        return list(dict.fromkeys(cell for each in tables for cell in each.cells(self.scale)))
