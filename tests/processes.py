@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -28,6 +29,13 @@ def alone(port: int, *paths: Path) -> dict[str, str]:
         "WORLD_SIZE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
+
+
+def until(reached: Callable[[], object], what: str, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
 
 
 def wait_for_checkpoint(out: Path, name: str = "checkpoint-*") -> None:

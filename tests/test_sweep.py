@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from processes import wait_for_checkpoint
+from processes import until, wait_for_checkpoint
 from tiny import ROOT, TINY
 
 from mora_repro.results.records import Store
@@ -75,6 +75,8 @@ def test_a_killed_sweep_started_again_loses_no_run_and_makes_none_twice(tmp_path
     records, problems = Store(tmp_path).load_all()
     assert [record.status for record in records] == ["finished"] * 3 and not problems
     assert all(record.curve.step == list(range(1, 301)) for record in records)
+    # A run's record is there a moment before its last words.
+    until(lambda: not alive(f"out={tmp_path}"), "a run of the killed sweep does not end")
     for record in records:
         log = (Store(tmp_path).work(record.id) / "log.txt").read_text()
         assert log.count("\nweights: ") == 1, log

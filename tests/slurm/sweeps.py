@@ -1,11 +1,10 @@
 """Small sweeps on a test's cluster: submitted, waited for, and looked at."""
 
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from processes import until
 from tiny import TINY
 
 from mora_repro.slurm.manifest import Manifest
@@ -57,13 +56,6 @@ class Submitted:
 def queued() -> list[str]:
     """What runs or waits: 12_0, 13."""
     return subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True).stdout.split()
-
-
-def until(reached: Callable[[], object], what: str, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 def until_all_ended() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, why_not
-from sweeps import OVERRIDES, Submitted, queued, slurm, until, until_all_ended
+from processes import until
+from sweeps import OVERRIDES, Submitted, queued, slurm, until_all_ended
 from tiny import ROOT
 
 from mora_repro.errors import UserError
