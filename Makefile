@@ -8,7 +8,7 @@ export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-cluster lint format reproduce report methods docs clean distclean
+.PHONY: help setup demo test test-fast test-cluster lint format reproduce report methods docs bench clean distclean
 
 help: ## this list
 	@echo "Targets (they set up $(VENV) first where it is missing):"
@@ -66,6 +66,9 @@ methods: $(VENV)/installed ## all methods with their parameters on LLaMA-2 7B (r
 
 docs: $(VENV)/installed ## docs/: what each benchmark asks, and the JSON Schema of a record
 	@$(BIN)/python scripts/docs.py
+
+bench: $(VENV)/installed ## speed and memory beside PEFT's methods, and of the suite: benchmarks/results/ (QUICK=1: five minutes)
+	@for part in layer step generate suite growth; do $(BIN)/python benchmarks/$$part.py $(if $(QUICK),--quick) || exit 1; done
 
 clean: ## remove working files and the demo's output; records, tables and the environment stay
 	rm -rf results/demo results/data results/work .pytest_cache .ruff_cache .mypy_cache .hypothesis

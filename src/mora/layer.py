@@ -17,7 +17,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .config import MoraConfig
-from .operators import Grouping, Layout, get_operator
+from .kernels import KERNELS, add_update, with_base
+from .operators import Grouping, Layout, Operator, get_operator
+
+# Folding passes over the weight twice in a step, and saves two of the adapter's three products. It pays where a
+# product of M with the tokens has this many multiplications for each entry of the weight (see docs/performance.md).
+FOLD = 96
 
 
 class MoraLayer(BaseTunerLayer):
@@ -143,10 +148,27 @@ class MoraLayer(BaseTunerLayer):
 
     def mora_update(self, x_BK: Tensor, adapter: str) -> Tensor:
         """decompress(M compress(dropout(x))): y_BD in the dtype of M (or of autocast)."""
-        m_RR = self.mora_M[adapter]
-        x_BK = self._cast_input_dtype(x_BK, m_RR.dtype)
-        x_BK = self.mora_dropout[adapter](x_BK)
-        return get_operator(self.mora_operator[adapter])(x_BK, m_RR, self.mora_layout[adapter])
+        x_BK = self._adapter_input(x_BK, adapter)
+        return get_operator(self.mora_operator[adapter])(x_BK, self.mora_M[adapter], self.mora_layout[adapter])
+
+    def _adapter_input(self, x_BK: Tensor, adapter: str) -> Tensor:
+        return self.mora_dropout[adapter](self._cast_input_dtype(x_BK, self.mora_M[adapter].dtype))
+
+    def _add_update(self, result_BD: Tensor, x_BK: Tensor, adapter: str, in_place: bool) -> Tensor:
+        """result + [`mora_update`]; `in_place` allows that result is changed."""
+        operator, layout, m_RR = self._parts(adapter)
+        if not _has_kernel(operator, layout, x_BK, m_RR):
+            return result_BD + self.mora_update(x_BK, adapter)
+        x_BK = self._adapter_input(x_BK, adapter)
+        if torch.is_autocast_enabled(x_BK.device.type):  # as in the products of the pure functions
+            dtype = torch.get_autocast_dtype(x_BK.device.type)
+            x_BK, m_RR = x_BK.to(dtype), m_RR.to(dtype)
+        if not result_BD.dtype == x_BK.dtype == m_RR.dtype:
+            return result_BD + operator(x_BK, m_RR, layout)
+        return add_update(result_BD, x_BK, m_RR, operator, layout, in_place and result_BD.is_contiguous())
+
+    def _parts(self, adapter: str) -> tuple[Operator, Layout, Tensor]:
+        return get_operator(self.mora_operator[adapter]), self.mora_layout[adapter], self.mora_M[adapter]
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError where `adapter_names` does not fit the batch or the state of the layer."""
@@ -193,12 +215,16 @@ class Linear(nn.Module, MoraLayer):
             _restore_packed_weight(base_layer)
         with torch.no_grad(), gather_params_ctx(parameters):
             weight = self.get_base_weight()
-            delta = self.get_delta_weight(adapter)
+            operator, layout, m_RR = self._parts(adapter)
             # A dequantised weight is a copy already, in a dtype that may be coarser than the sum needs.
             if check or self.quantization_backend is not None:
-                changed = (weight + sign * delta).to(weight.dtype)
-            else:
-                changed = weight.add_(delta, alpha=sign)
+                changed = (weight + sign * self.get_delta_weight(adapter)).to(weight.dtype)
+            elif m_RR.dtype in (torch.float16, torch.bfloat16):
+                changed = weight.add_(self.get_delta_weight(adapter), alpha=sign)
+            else:  # without the D x K matrix
+                weight_DK = transpose(weight, self.fan_in_fan_out)
+                operator.add_to(weight_DK, m_RR, layout, sign, weight_DK)
+                changed = weight
             if check and not torch.isfinite(changed).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken. "
@@ -237,6 +263,15 @@ class Linear(nn.Module, MoraLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        plain = self._base_is_plain() and not (args or kwargs)
+        if plain and adapter_names is None and (adapter := self._joins_base(x)) is not None:
+            operator, layout, m_RR = self._parts(adapter)
+            base_layer = cast(nn.Linear, self.base_layer)
+            # Exact in single precision: the rounding of W + delta is that of the product with W. In half precision
+            # the sum would lose small updates.
+            pays = _tokens(x) * KERNELS[operator].products(layout) >= FOLD * base_layer.weight.numel()
+            fold = pays and x.dtype in (torch.float32, torch.float64)
+            return with_base(x, base_layer.weight, base_layer.bias, m_RR, operator, layout, fold)
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
@@ -247,8 +282,37 @@ class Linear(nn.Module, MoraLayer):
             return self._mixed_batch(x, result, adapter_names)
         for adapter in self.active_adapters:
             if adapter in self.mora_M:
-                result = result + self.mora_update(x, adapter)
+                result = self._add_update(result, x, adapter, in_place=plain)
         return result.to(dtype)
+
+    def _base_is_plain(self) -> bool:
+        """The base layer is a Linear that computes what its weight says and whose output nobody else has seen."""
+        base = self.base_layer
+        return type(base) is nn.Linear and not (
+            "forward" in vars(base)  # wrapped, as accelerate does
+            or base._forward_hooks
+            or base._forward_pre_hooks  # DeepSpeed's ZeRO 3 gathers the weight there
+            or base._backward_hooks
+            or base._backward_pre_hooks
+        )
+
+    def _joins_base(self, x_BK: Tensor) -> str | None:
+        """The adapter that can be computed in one function with a plain base: the only active one, without dropout."""
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.mora_M]
+        if self.merged or len(adapters) != 1:
+            return None
+        adapter, base = adapters[0], cast(nn.Linear, self.base_layer)
+        operator, layout, m_RR = self._parts(adapter)
+        dropout = self.mora_dropout[adapter]
+        joins = (
+            not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and (isinstance(dropout, nn.Identity) or not dropout.training)
+            and m_RR.dtype == base.weight.dtype == x_BK.dtype
+            and not torch.is_autocast_enabled(x_BK.device.type)
+            and _has_kernel(operator, layout, x_BK, m_RR, base.weight)
+        )
+        return adapter if joins else None
 
     def _mixed_batch(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample with its own adapter; `__base__` is none."""
@@ -267,6 +331,24 @@ class Linear(nn.Module, MoraLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+def _tokens(x_BK: Tensor) -> int:
+    return x_BK.numel() // x_BK.shape[-1]
+
+
+def _has_kernel(operator: Operator, layout: Layout, x_BK: Tensor, *tensors: Tensor) -> bool:
+    """Whether kernels.py serves: a built-in operator, and tokens enough for its work on M to pay.
+
+    Not for tensors of other kinds than plain ones, nor under torch.func. A compiler fuses the pure functions itself.
+    """
+    return (
+        operator in KERNELS
+        and 4 * _tokens(x_BK) >= layout.size
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x_BK, *tensors))
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _restore_packed_weight(layer: nn.Module) -> None:

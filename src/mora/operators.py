@@ -70,6 +70,12 @@ class DenseForm(Protocol):
     def __call__(self, m_RR: Tensor, layout: Layout) -> Tensor: ...
 
 
+class AddDelta(Protocol):
+    """out = weight + alpha times the D x K matrix of the update, rounded once; `out` may be the weight."""
+
+    def __call__(self, weight_DK: Tensor, m_RR: Tensor, layout: Layout, alpha: float, out_DK: Tensor) -> None: ...
+
+
 @dataclass(frozen=True)
 class Operator:
     """A pair of functions around M, and the weight that they add up to.
@@ -83,6 +89,7 @@ class Operator:
             applied to the K unit vectors, which is right for any linear pair, at the price of K forward passes
             in one batch.
         even: R has to be even; it is rounded down.
+        add_delta: adds that matrix to a weight without building it, in fewer passes. Default: by `delta_weight`.
     """
 
     name: str
@@ -90,6 +97,7 @@ class Operator:
     decompress: Callable[[Tensor, Layout], Tensor]
     delta_weight: DenseForm | None = None
     even: bool = False
+    add_delta: AddDelta | None = None
 
     def __call__(self, x_BK: Tensor, m_RR: Tensor, layout: Layout) -> Tensor:
         """decompress(M compress(x)): y_BD."""
@@ -97,10 +105,21 @@ class Operator:
 
     def dense(self, m_RR: Tensor, layout: Layout) -> Tensor:
         """The D x K matrix that this operator and M add to the layer's weight."""
+        if self.add_delta is not None:
+            delta_DK = m_RR.new_zeros(layout.out_features, layout.in_features)
+            self.add_delta(delta_DK, m_RR, layout, 1, delta_DK)
+            return delta_DK
         if self.delta_weight is not None:
             return self.delta_weight(m_RR, layout).contiguous()
         unit_KK = torch.eye(layout.in_features, dtype=m_RR.dtype, device=m_RR.device)
         return self(unit_KK, m_RR, layout).T.contiguous()
+
+    def add_to(self, weight_DK: Tensor, m_RR: Tensor, layout: Layout, alpha: float, out_DK: Tensor) -> None:
+        """out = weight + alpha times the matrix that [`dense`] gives; `out` may be the weight."""
+        if self.add_delta is not None:
+            self.add_delta(weight_DK, m_RR, layout, alpha, out_DK)
+        else:
+            torch.add(weight_DK, self.dense(m_RR, layout), alpha=alpha, out=out_DK)
 
     def size(self, in_features: int, out_features: int, r: int) -> int:
         """R of a layer: round(sqrt((D + K) r)), so that M has the parameters of a LoRA of rank r.
@@ -140,11 +159,11 @@ def truncation_decompress(y_BR: Tensor, layout: Layout) -> Tensor:
     return torch.nn.functional.pad(y_BR, (0, layout.out_features - layout.size))
 
 
-def truncation_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
-    """M in the upper left corner of a D x K matrix of zeros."""
-    delta_DK = m_RR.new_zeros(layout.out_features, layout.in_features)
-    delta_DK[: layout.size, : layout.size] = m_RR
-    return delta_DK
+def truncation_add_delta(weight_DK: Tensor, m_RR: Tensor, layout: Layout, alpha: float, out_DK: Tensor) -> None:
+    """M is added to the upper left corner."""
+    if out_DK is not weight_DK:
+        out_DK.copy_(weight_DK)
+    out_DK[: layout.size, : layout.size].add_(m_RR, alpha=alpha)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -164,8 +183,7 @@ def sharing_compress(x_BK: Tensor, layout: Layout) -> Tensor:
     """
     size = layout.size
     if layout.in_grouping == "strided":
-        x_BNR = _wrap(x_BK, ceil(layout.in_features / size), size)
-        return x_BNR.sum(dim=-2)
+        return sum_repeated(x_BK, size, wrap=True)
     members, larger = _balanced(layout.in_features, size)
     if larger == 0:
         return x_BK.unflatten(-1, (size, members)).sum(dim=-1)
@@ -186,15 +204,38 @@ def sharing_decompress(y_BR: Tensor, layout: Layout) -> Tensor:
     return torch.cat((first, y_BR[..., larger:].repeat_interleave(members, dim=-1)), dim=-1)
 
 
-def sharing_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
-    """Entry (i, j) is M at (group of output i, group of input j); inputs that wrap around belong to two groups."""
-    # Rows: decompress acts on M's columns. Columns: its own transpose, so that wrapped values add up.
-    m_DR = sharing_decompress(m_RR.T, layout).T
+def sharing_compress_adjoint(c_BR: Tensor, layout: Layout) -> Tensor:
+    """The transpose of [`sharing_compress`] as a matrix, times c: x's gradient from its compressed form's, B x K."""
     size, in_features = layout.size, layout.in_features
     if layout.in_grouping == "blocked":
-        mirrored = Layout(layout.out_features, in_features, size, out_grouping="blocked")
-        return sharing_decompress(m_DR, mirrored)
-    return _unwrap(_repeat(m_DR, ceil(in_features / size) * size), in_features)
+        return sharing_decompress(c_BR, _mirrored(layout))
+    x_BK = _repeat(c_BR, in_features).contiguous()
+    if past := in_features % size:
+        x_BK[..., : size - past] += c_BR[..., past:]
+    return x_BK
+
+
+def sharing_decompress_adjoint(y_BD: Tensor, layout: Layout) -> Tensor:
+    """The transpose of [`sharing_decompress`] as a matrix, times y: the sum over each group of outputs, B x R."""
+    if layout.out_grouping == "blocked":
+        return sharing_compress(y_BD, _mirrored(layout))
+    return sum_repeated(y_BD, layout.size)
+
+
+def sharing_add_delta(weight_DK: Tensor, m_RR: Tensor, layout: Layout, alpha: float, out_DK: Tensor) -> None:
+    """Entry (i, j) is M at (group of output i, group of input j); inputs that wrap around belong to two groups."""
+    m_RK = sharing_compress_adjoint(m_RR, layout)  # each row of M is a function of the compressed x
+    if layout.out_grouping == "strided":
+        add_repeated(weight_DK.T, m_RK.T, alpha, None if out_DK is weight_DK else out_DK.T)
+    else:
+        if out_DK is not weight_DK:
+            out_DK.copy_(weight_DK)
+        out_DK.add_(sharing_decompress(m_RK.T, layout).T, alpha=alpha)
+
+
+def _mirrored(layout: Layout) -> Layout:
+    """Inputs in place of outputs, and outputs in place of inputs."""
+    return Layout(layout.out_features, layout.in_features, layout.size, layout.out_grouping, layout.in_grouping)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -215,9 +256,21 @@ def decoupling_decompress(y_BNR: Tensor, layout: Layout) -> Tensor:
     return _repeat(y_BNR.flatten(-2), layout.out_features)
 
 
-def decoupling_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
+def decoupling_matrices(m_RR: Tensor, layout: Layout) -> Tensor:
+    """The matrix that each block of x is multiplied by, N x R x R: M."""
+    return m_RR.expand(layout.blocks, -1, -1)
+
+
+def decoupling_matrices_adjoint(m_NRR: Tensor, layout: Layout) -> Tensor:
+    """The gradient of M from those of the blocks' matrices, R x R."""
+    return m_NRR.sum(dim=0)
+
+
+def decoupling_add_delta(weight_DK: Tensor, m_RR: Tensor, layout: Layout, alpha: float, out_DK: Tensor) -> None:
     """M on the diagonal, once for each block, wrapped, repeated and cut as x and the output are."""
-    return _block_diagonal(m_RR.expand(layout.blocks, -1, -1), layout)
+    if out_DK is not weight_DK:
+        out_DK.copy_(weight_DK)
+    _add_blocks(out_DK, decoupling_matrices(m_RR, layout), layout, alpha)
 
 
 def rotation_compress(x_BK: Tensor, layout: Layout) -> Tensor:
@@ -230,18 +283,36 @@ def rotation_compress(x_BK: Tensor, layout: Layout) -> Tensor:
     """
     if layout.size % 2:
         raise ValueError(f"Rotation pairs values, and needs an M of even size, got {layout.size}.")
-    first, second = decoupling_compress(x_BK, layout).chunk(2, dim=-1)
-    cos, sin = _angles(layout, x_BK)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return _turn(decoupling_compress(x_BK, layout), *_angles(layout, x_BK))
 
 
-def rotation_delta_weight(m_RR: Tensor, layout: Layout) -> Tensor:
-    """As decoupling's, with M turned against each block's rotation."""
+def rotation_matrices(m_RR: Tensor, layout: Layout) -> Tensor:
+    """The matrix that each block of x is multiplied by, N x R x R: M R_n, M turned against the block's rotation."""
     # M (R_n x) = (M R_n) x: the rows of M turn the other way.
-    first, second = m_RR.chunk(2, dim=-1)
     cos, sin = (table[:, None] for table in _angles(layout, m_RR))
-    m_NRR = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
-    return _block_diagonal(m_NRR, layout)
+    return _turn(m_RR, cos, -sin)
+
+
+def rotation_matrices_adjoint(m_NRR: Tensor, layout: Layout) -> Tensor:
+    """The gradient of M from those of the blocks' matrices, R x R: each turned back, and their sum."""
+    cos, sin = (table[:, None] for table in _angles(layout, m_NRR))
+    return _turn(m_NRR, cos, sin).sum(dim=0)
+
+
+def rotation_add_delta(weight_DK: Tensor, m_RR: Tensor, layout: Layout, alpha: float, out_DK: Tensor) -> None:
+    """As decoupling's, with M turned against each block's rotation."""
+    if out_DK is not weight_DK:
+        out_DK.copy_(weight_DK)
+    _add_blocks(out_DK, rotation_matrices(m_RR, layout), layout, alpha)
+
+
+def _turn(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (j, j + R / 2) of the last dimension, turned by the angle that cos and sin are of."""
+    half = v.shape[-1] // 2
+    turned = v * torch.cat((cos, cos), dim=-1)
+    turned[..., :half].addcmul_(v[..., half:], sin, value=-1)
+    turned[..., half:].addcmul_(v[..., :half], sin)
+    return turned
 
 
 def _angles(layout: Layout, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,13 +337,18 @@ def _kept_angle_tables(size: int, blocks: int, device: torch.device, dtype: torc
         return _angle_tables(size, blocks, device, dtype)
 
 
-def _block_diagonal(m_NRR: Tensor, layout: Layout) -> Tensor:
-    """The D x K matrix that applies matrix n to block n of x and writes the n-th block of the output."""
-    blocks, size = m_NRR.shape[0], m_NRR.shape[-1]
-    delta = m_NRR.new_zeros(blocks, size, blocks, size)
-    delta.diagonal(dim1=0, dim2=2).copy_(m_NRR.permute(1, 2, 0))
-    delta = delta.reshape(blocks * size, blocks * size)
-    return _repeat(_unwrap(delta, layout.in_features).T, layout.out_features).T
+def _add_blocks(weight_DK: Tensor, m_NRR: Tensor, layout: Layout, alpha: float) -> None:
+    """weight += alpha times the matrix that applies matrix n to block n of x, for the n-th block of the output."""
+    size, in_features = layout.size, layout.in_features
+    for row in range(0, layout.out_features, size):
+        block = row // size % layout.blocks
+        rows_DK = weight_DK[row : row + size]
+        m_DR = m_NRR[block, : len(rows_DK)]
+        first = block * size
+        inside = min(size, in_features - first)
+        rows_DK[:, first : first + inside].add_(m_DR[:, :inside], alpha=alpha)
+        if inside < size:  # the last block wraps around; it is not the first, for R <= K
+            rows_DK[:, : size - inside].add_(m_DR[:, inside:], alpha=alpha)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -287,22 +363,47 @@ def _wrap(x_BK: Tensor, blocks: int, size: int) -> Tensor:
     return x_BK[..., : blocks * size].unflatten(-1, (blocks, size))
 
 
-def _unwrap(weight: Tensor, in_features: int) -> Tensor:
-    """The weight over x of a weight over x wrapped around or cut: (..., P) -> (..., K), where P < 2 K."""
-    extra = weight.shape[-1] - in_features
-    if extra <= 0:
-        return torch.nn.functional.pad(weight, (0, -extra))
-    folded = weight[..., :in_features].clone()
-    folded[..., :extra] += weight[..., in_features:]
-    return folded
-
-
 def _repeat(y: Tensor, features: int) -> Tensor:
     """The first `features` of y's values repeated endlessly."""
     times = ceil(features / y.shape[-1])
     if times > 1:
         y = y.repeat(*[1] * (y.dim() - 1), times)
     return y[..., :features]
+
+
+def add_repeated(y: Tensor, values: Tensor, alpha: float = 1, out: Tensor | None = None) -> None:
+    """out = y + alpha times the values, repeated endlessly and cut, and never built so; by default in place."""
+    features, size = y.shape[-1], values.shape[-1]
+    whole = features // size * size
+    parts = [(slice(0, whole), values.unsqueeze(-2)), (slice(whole, features), values[..., None, : features - whole])]
+    for part, added in parts:
+        if part.start == part.stop:
+            continue
+        y_part = y[..., part].unflatten(-1, (-1, added.shape[-1]))
+        if out is None:
+            y_part.add_(added, alpha=alpha)
+        else:
+            torch.add(y_part, added, alpha=alpha, out=out[..., part].unflatten(-1, (-1, added.shape[-1])))
+
+
+def sum_repeated(y: Tensor, size: int, wrap: bool = False) -> Tensor:
+    """The sums of the values of equal index modulo `size`: the transpose of repeating and cutting.
+
+    Args:
+        wrap: y is padded with its own first values to a multiple of `size`.
+    """
+    times, over = divmod(y.shape[-1], size)
+    if times <= 3:  # a sum over so few is slower than their additions
+        total = y[..., :size].clone()
+        for start in range(size, times * size, size):
+            total += y[..., start : start + size]
+    else:
+        total = y[..., : times * size].unflatten(-1, (times, size)).sum(dim=-2)
+    if over:
+        total[..., :over] += y[..., times * size :]
+        if wrap:
+            total[..., over:] += y[..., : size - over]
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -345,7 +446,9 @@ def get_operator(name: str) -> Operator:
     return _OPERATORS[name]
 
 
-register_operator(Operator("truncation", truncation_compress, truncation_decompress, truncation_delta_weight))
-register_operator(Operator("sharing", sharing_compress, sharing_decompress, sharing_delta_weight))
-register_operator(Operator("decoupling", decoupling_compress, decoupling_decompress, decoupling_delta_weight))
-register_operator(Operator("rotation", rotation_compress, decoupling_decompress, rotation_delta_weight, even=True))
+register_operator(Operator("truncation", truncation_compress, truncation_decompress, add_delta=truncation_add_delta))
+register_operator(Operator("sharing", sharing_compress, sharing_decompress, add_delta=sharing_add_delta))
+register_operator(Operator("decoupling", decoupling_compress, decoupling_decompress, add_delta=decoupling_add_delta))
+register_operator(
+    Operator("rotation", rotation_compress, decoupling_decompress, even=True, add_delta=rotation_add_delta)
+)

@@ -1,0 +1,315 @@
+"""The built-in operators' training step, written out: less memory, fewer passes, the same numbers.
+
+The pure pairs of operators.py say what an operator computes, and autograd can differentiate them. That makes copies
+that need not be: x padded and turned, the output repeated and then added, and the same again on the way back. Here
+the update is added into the base's output, and the backward pass is written by hand. What it keeps of x is its
+compressed form (sharing), or x itself, which layers of the same input share (the block operators). Three ways:
+
+    add_update   base's output += update. For any base layer and dtype, and with dropout.
+    with_base    base and update in one function, so that x's gradient is added into the base's too.
+    folded       x (W + delta)^T in one product: the adapter's products of the forward pass and for the gradient of x
+                 cost nothing, the sum costs two passes over the weight. Only where W + delta loses no digits.
+
+Which one is taken, [`mora.layer.Linear`] decides. None can be differentiated twice; PyTorch says so in an error.
+Shape suffixes as in operators.py, and
+    T   tokens: all batch dimensions in one
+    P   N R, the length of all blocks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from .operators import (
+    Layout,
+    Operator,
+    add_repeated,
+    decoupling_matrices,
+    decoupling_matrices_adjoint,
+    get_operator,
+    rotation_matrices,
+    rotation_matrices_adjoint,
+    sharing_compress,
+    sharing_compress_adjoint,
+    sharing_decompress,
+    sharing_decompress_adjoint,
+    sum_repeated,
+)
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Kernel(Protocol):
+    """An operator's step on tokens in one dimension."""
+
+    def products(self, layout: Layout) -> int:
+        """Multiplications by M's entries for each token."""
+
+    def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
+        """What the gradient of M needs of x."""
+
+    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout) -> Tensor:
+        """y += decompress(M compress(x)), in place; returns what `keep` does."""
+
+    def gradient_of_m(self, g_TD: Tensor, kept: Tensor, layout: Layout) -> Tensor:
+        """The gradient of M, R x R, where g is that of the output."""
+
+    def gradient_of_x(self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None) -> Tensor:
+        """The gradient of x, T x K; added to `onto`, in place, where that is given."""
+
+
+class SharingKernel:
+    """y += decompress(M c) for c = compress(x); the gradient of M is (decompress^T g)^T c."""
+
+    def products(self, layout: Layout) -> int:
+        return layout.size**2
+
+    def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
+        return sharing_compress(x_TK, layout)
+
+    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout) -> Tensor:
+        c_TR = sharing_compress(x_TK, layout)
+        u_TR = linear(c_TR, m_RR)
+        if layout.out_grouping == "strided":
+            add_repeated(y_TD, u_TR)
+        else:
+            y_TD += sharing_decompress(u_TR, layout)
+        return c_TR
+
+    def gradient_of_m(self, g_TD: Tensor, kept: Tensor, layout: Layout) -> Tensor:
+        return sharing_decompress_adjoint(g_TD, layout).T @ kept
+
+    def gradient_of_x(self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None) -> Tensor:
+        c_TR = sharing_decompress_adjoint(g_TD, layout) @ m_RR
+        if onto_TK is None:
+            return sharing_compress_adjoint(c_TR, layout)
+        if layout.in_grouping == "blocked":
+            return onto_TK.add_(sharing_compress_adjoint(c_TR, layout))
+        add_repeated(onto_TK, c_TR)
+        if past := layout.in_features % layout.size:
+            onto_TK[:, : layout.size - past] += c_TR[:, past:]
+        return onto_TK
+
+
+class BlockKernel:
+    """Decoupling and rotation: y_n += M_n x_n for each block n, M_n = M R_n.
+
+    M is turned, once for each block, and the tokens are not. The gradient of M is the sum of those of the M_n, each
+    turned back.
+    """
+
+    def __init__(
+        self, matrices: Callable[[Tensor, Layout], Tensor], matrices_adjoint: Callable[[Tensor, Layout], Tensor]
+    ) -> None:
+        self.matrices, self.matrices_adjoint = matrices, matrices_adjoint
+
+    def products(self, layout: Layout) -> int:
+        return layout.blocks * layout.size**2
+
+    def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
+        return x_TK
+
+    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout) -> Tensor:
+        m_NRR = self.matrices(m_RR, layout)
+        repeated = _repeats(layout)
+        u_TP = y_TD.new_empty(len(y_TD), layout.blocks * layout.size) if repeated else y_TD
+        beta = 0 if repeated else 1
+        full, last, rows, inside, wrapped = _cut(layout)
+        if full:
+            _blocks(u_TP, full, layout).baddbmm_(_blocks(x_TK, full, layout), m_NRR[:full].mT, beta=beta)
+        if rows:
+            m_RR = m_NRR[-1, :rows]
+            u_TR = u_TP[:, last : last + rows]
+            u_TR.addmm_(x_TK[:, last : last + inside], m_RR[:, :inside].T, beta=beta)
+            if wrapped:
+                u_TR.addmm_(x_TK[:, :wrapped], m_RR[:, inside:].T)
+        if repeated:
+            add_repeated(y_TD, u_TP)
+        return x_TK
+
+    def gradient_of_m(self, g_TD: Tensor, kept: Tensor, layout: Layout) -> Tensor:
+        g_TP = sum_repeated(g_TD, layout.blocks * layout.size) if _repeats(layout) else g_TD
+        full, last, rows, inside, wrapped = _cut(layout)
+        # Half precision is turned back and summed up in single.
+        dtype = torch.float32 if kept.dtype in HALF else kept.dtype
+        m_NRR = kept.new_empty(layout.blocks, layout.size, layout.size, dtype=dtype)
+        if full:
+            m_NRR[:full] = _sum_of_products(_blocks(g_TP, full, layout), _blocks(kept, full, layout))
+        if rows:
+            g_RT = g_TP[:, last : last + rows].T
+            m_NRR[-1, :rows, :inside] = g_RT @ kept[:, last : last + inside]
+            m_NRR[-1, :rows, inside:] = g_RT @ kept[:, :wrapped]
+            m_NRR[-1, rows:] = 0
+        return self.matrices_adjoint(m_NRR, layout).to(kept.dtype)
+
+    def gradient_of_x(self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None) -> Tensor:
+        length = layout.blocks * layout.size
+        g_TP = sum_repeated(g_TD, length) if _repeats(layout) else g_TD
+        m_NRR = self.matrices(m_RR, layout)
+        full, last, rows, inside, wrapped = _cut(layout)
+        x_TK, beta = onto_TK, 1
+        if x_TK is None:
+            x_TK, beta = g_TD.new_empty(len(g_TD), layout.in_features), 0
+            x_TK[:, length:] = 0  # not read
+        if full:
+            _blocks(x_TK, full, layout).baddbmm_(_blocks(g_TP, full, layout), m_NRR[:full], beta=beta)
+        if rows:
+            g_TR, m_RR = g_TP[:, last : last + rows], m_NRR[-1, :rows]
+            x_TK[:, last : last + inside].addmm_(g_TR, m_RR[:, :inside], beta=beta)
+            if wrapped:
+                x_TK[:, :wrapped].addmm_(g_TR, m_RR[:, inside:])
+        return x_TK
+
+
+def _repeats(layout: Layout) -> bool:
+    """The blocks' outputs are shorter than the output, and so repeated."""
+    return layout.out_features > layout.blocks * layout.size
+
+
+def _cut(layout: Layout) -> tuple[int, int, int, int, int]:
+    """How the blocks lie: those that are whole, and the last where it is not among them.
+
+    (blocks that are whole in x and in the output, where the last one starts, its rows that are not cut, how many of
+    its columns lie before the end of x, how many wrap around to x's beginning); the last three are 0 without such one.
+    """
+    size = layout.size
+    full = min(layout.in_features, layout.out_features) // size
+    last = full * size
+    if full == layout.blocks:
+        return full, last, 0, 0, 0
+    inside = min(size, layout.in_features - last)
+    return full, last, min(size, layout.out_features - last), inside, size - inside
+
+
+def _sum_of_products(g_NTR: Tensor, x_NTR: Tensor) -> Tensor:
+    """The sums over the tokens of g x^T, N x R x R.
+
+    Rows of a block lie far apart in memory. A CPU takes up to four times as long for that in one batched product as
+    it does block by block in half precision, and with few tokens at a time in single precision.
+    """
+    if x_NTR.device.type != "cpu":
+        return torch.bmm(g_NTR.mT, x_NTR)
+    if x_NTR.dtype in HALF:
+        return torch.stack([g.T @ x for g, x in zip(g_NTR, x_NTR, strict=True)])
+    total_NRR = x_NTR.new_zeros(len(x_NTR), x_NTR.shape[2], x_NTR.shape[2])
+    for g, x in zip(g_NTR.split(128, dim=1), x_NTR.split(128, dim=1), strict=True):
+        total_NRR.baddbmm_(g.mT, x)
+    return total_NRR
+
+
+def _blocks(t_TF: Tensor, full: int, layout: Layout) -> Tensor:
+    """A view of the first blocks: full x T x R."""
+    return t_TF[:, : full * layout.size].unflatten(1, (full, layout.size)).transpose(0, 1)
+
+
+KERNELS: dict[Operator, Kernel] = {
+    get_operator("sharing"): SharingKernel(),
+    get_operator("decoupling"): BlockKernel(decoupling_matrices, decoupling_matrices_adjoint),
+    get_operator("rotation"): BlockKernel(rotation_matrices, rotation_matrices_adjoint),
+}
+"""By the operator itself: one that a user registers under the same name is computed by its own functions."""
+
+
+def add_update(
+    base_BD: Tensor, x_BK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout, in_place: bool
+) -> Tensor:
+    """base + decompress(M compress(x)), all three of one dtype.
+
+    Args:
+        operator: one of `KERNELS`.
+        in_place: the base's output is changed and returned. Only for an output that nobody else reads.
+    """
+    return _AddUpdate.apply(base_BD, x_BK, m_RR, operator, layout, in_place)
+
+
+class _AddUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, base_BD: Tensor, x_BK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout, in_place: bool
+    ) -> Tensor:
+        ctx.kernel, ctx.layout, ctx.shape = KERNELS[operator], layout, x_BK.shape
+        if in_place:
+            ctx.mark_dirty(base_BD)
+        y_BD = base_BD if in_place else base_BD.clone(memory_format=torch.contiguous_format)
+        kept = ctx.kernel.add_(y_BD.view(-1, layout.out_features), _tokens(x_BK), m_RR, layout)
+        ctx.save_for_backward(kept, m_RR)
+        return y_BD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
+        kept, m_RR = ctx.saved_tensors
+        g_TD = _tokens(g_BD)
+        x_grad = None
+        if ctx.needs_input_grad[1]:
+            x_grad = ctx.kernel.gradient_of_x(g_TD, m_RR, ctx.layout, None).view(ctx.shape)
+        m_grad = ctx.kernel.gradient_of_m(g_TD, kept, ctx.layout) if ctx.needs_input_grad[2] else None
+        return g_BD, x_grad, m_grad, None, None, None
+
+
+def with_base(
+    x_BK: Tensor, weight_DK: Tensor, bias_D: Tensor | None, m_RR: Tensor, operator: Operator, layout: Layout, fold: bool
+) -> Tensor:
+    """W x + b + decompress(M compress(x)), for a frozen W and b; all of one dtype.
+
+    Args:
+        operator: one of `KERNELS`.
+        fold: x (W + delta(M))^T + b in one product. The sum is built for the forward pass and again for the backward
+            pass, and not kept between them.
+    """
+    return _WithBase.apply(x_BK, weight_DK, bias_D, m_RR, operator, layout, fold)
+
+
+class _WithBase(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BK: Tensor,
+        weight_DK: Tensor,
+        bias_D: Tensor | None,
+        m_RR: Tensor,
+        operator: Operator,
+        layout: Layout,
+        fold: bool,
+    ) -> Tensor:
+        ctx.operator, ctx.layout, ctx.fold = operator, layout, fold
+        kernel, x_TK = KERNELS[operator], _tokens(x_BK)
+        if fold:
+            kept = kernel.keep(x_TK, layout) if ctx.needs_input_grad[3] else None
+            y_BD = linear(x_BK, _sum(weight_DK, m_RR, operator, layout), bias_D)
+        else:
+            y_BD = linear(x_BK, weight_DK, bias_D)
+            kept = kernel.add_(y_BD.view(-1, layout.out_features), x_TK, m_RR, layout)
+        ctx.save_for_backward(kept, weight_DK, m_RR)
+        return y_BD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight_DK, m_RR = ctx.saved_tensors
+        kernel, layout, g_TD = KERNELS[ctx.operator], ctx.layout, _tokens(g_BD)
+        x_grad = m_grad = None
+        if ctx.needs_input_grad[0] and ctx.fold:
+            x_grad = g_BD @ _sum(weight_DK, m_RR, ctx.operator, layout)
+        elif ctx.needs_input_grad[0]:
+            x_grad = g_BD @ weight_DK
+            kernel.gradient_of_x(g_TD, m_RR, layout, x_grad.view(-1, layout.in_features))
+        if ctx.needs_input_grad[3]:
+            m_grad = kernel.gradient_of_m(g_TD, kept, layout)
+        return x_grad, None, None, m_grad, None, None, None
+
+
+def _sum(weight_DK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout) -> Tensor:
+    total_DK = torch.empty_like(weight_DK)
+    operator.add_to(weight_DK, m_RR, layout, 1, total_DK)
+    return total_DK
+
+
+def _tokens(x_BF: Tensor) -> Tensor:
+    return x_BF.reshape(-1, x_BF.shape[-1])

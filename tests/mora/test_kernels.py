@@ -1,0 +1,310 @@
+"""The written-out training step against the equations as dense matrices, and which layers take which way."""
+
+import dense
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import LLAMA, MLP_KIND
+from peft import get_peft_model
+from torch import nn
+from torch.nn.functional import linear
+
+from mora import Layout, MoraConfig, MoraLayer, get_operator, kernels, layer, register_operator
+from mora.kernels import add_update, with_base
+
+OPERATORS = ["sharing", "decoupling", "rotation"]
+GROUPINGS = ["strided", "blocked"]
+WAYS = {
+    "added": lambda x, w, b, m, op, layout: add_update(linear(x, w, b), x, m, op, layout, False),
+    "added in place": lambda x, w, b, m, op, layout: add_update(linear(x, w, b), x, m, op, layout, True),
+    "with the base": lambda x, w, b, m, op, layout: with_base(x, w, b, m, op, layout, False),
+    "folded": lambda x, w, b, m, op, layout: with_base(x, w, b, m, op, layout, True),
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+every_operator = pytest.mark.parametrize("name", OPERATORS)
+
+
+@st.composite
+def cases(draw, largest=30, batches=((3,), (2, 3), (150,), (1300,))):
+    """(operator, layout, x, W, b or None, M), in double precision; r_hat divides the sides or not, as it comes."""
+    name = draw(st.sampled_from(OPERATORS))
+    k, d = draw(st.integers(2, largest)), draw(st.integers(2, largest))
+    size = draw(st.integers(1, min(k, d)))
+    if name == "rotation":
+        size = max(2, size - size % 2)
+    layout = Layout(k, d, size, draw(st.sampled_from(GROUPINGS)), draw(st.sampled_from(GROUPINGS)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    bias = random(d) if draw(st.booleans()) else None
+    return name, layout, random(*draw(st.sampled_from(batches)), k), random(d, k), bias, random(size, size)
+
+
+@every_way
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(cases())
+def test_value_and_gradients_are_those_of_the_equation(way, case):
+    name, layout, x, weight, bias, m = case
+    x.requires_grad_()
+    m.requires_grad_()
+    units = torch.eye(layout.size**2, dtype=m.dtype).unflatten(1, m.shape)
+    groupings = (layout.in_grouping, layout.out_grouping)
+    sides = layout.in_features, layout.out_features
+    basis = torch.stack([dense.delta_weight(name, unit, *sides, groupings) for unit in units])
+    expected = linear(x, weight + torch.einsum("e,edk->dk", m.flatten(), basis), bias)
+    result = WAYS[way](x, weight, bias, m, get_operator(name), layout)
+    gradient = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, (x, m), gradient)
+    # The angles are computed in single precision, as the authors' code does.
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+    for mine, other in zip(torch.autograd.grad(result, (x, m), gradient), theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * max(1.0, other.abs().max().item()))
+
+
+@every_way
+@settings(deadline=None, derandomize=True, max_examples=10)
+@given(cases(largest=8, batches=((3,), (2, 2))))
+def test_gradcheck(way, case):
+    name, layout, x, weight, bias, m = case
+
+    def function(x, m):
+        return WAYS[way](x, weight, bias, m, get_operator(name), layout)
+
+    assert torch.autograd.gradcheck(function, (x.requires_grad_(), m.requires_grad_()))
+
+
+@every_way
+@every_operator
+def test_only_the_gradients_that_are_asked_for(way, name):
+    layout, x, m = Layout(12, 10, 4), torch.randn(5, 12), torch.randn(4, 4)
+    for x_needed, m_needed in ((True, False), (False, True), (False, False)):
+        x.requires_grad_(x_needed)
+        m.requires_grad_(m_needed)
+        x.grad = m.grad = None
+        result = WAYS[way](x, torch.randn(10, 12), None, m, get_operator(name), layout)
+        assert result.requires_grad == (x_needed or m_needed)
+        if result.requires_grad:
+            result.sum().backward()
+        assert (x.grad is not None, m.grad is not None) == (x_needed, m_needed)
+
+
+@every_way
+def test_a_second_derivative_is_refused_in_words(way):
+    layout, x, m = Layout(12, 10, 4), torch.randn(5, 12, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    result = WAYS[way](x, torch.randn(10, 12), None, m, get_operator("rotation"), layout)
+    (first,) = torch.autograd.grad(result.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "folded"])
+@every_operator
+@pytest.mark.parametrize(("k", "d", "size"), [(64, 64, 16), (64, 176, 20), (176, 64, 20), (50, 50, 48)])
+def test_bf16_is_about_as_near_to_the_truth_as_the_dense_form(way, name, k, d, size):
+    layout, operator = Layout(k, d, size), get_operator(name)
+    x, gradient = torch.randn(700, k).bfloat16(), torch.randn(700, d).bfloat16()
+    weight, m = (torch.randn(d, k) / k**0.5).bfloat16(), (torch.randn(size, size) / (3 * k**0.5)).bfloat16()
+
+    def computed(function, dtype):
+        x_, m_ = x.to(dtype).requires_grad_(), m.to(dtype).requires_grad_()
+        result = function(x_, weight.to(dtype), m_)
+        return result, *torch.autograd.grad(result, (x_, m_), gradient.to(dtype))
+
+    def dense_form(x, weight, m):
+        return linear(x, weight) + linear(x, operator.dense(m, layout))
+
+    truth = computed(dense_form, torch.float64)
+    theirs = computed(dense_form, torch.bfloat16)
+    ours = computed(lambda x, w, m: WAYS[way](x, w, None, m, operator, layout), torch.bfloat16)
+    # Value, gradient of x, gradient of M. Some sums and the parts that wrap around are rounded twice.
+    for mine, other, true, bound in zip(ours, theirs, truth, (1.1, 1.25, 1.5), strict=True):
+        assert (mine - true).norm() <= bound * (other - true).norm()
+
+
+@every_operator
+def test_what_is_kept_for_the_backward_pass_is_small_or_shared(name):
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    base = nn.Linear(64, 48, bias=False).requires_grad_(False)
+    module = get_peft_model(nn.Sequential(base), MoraConfig(r=2, operator=name, target_modules=["0"]))
+    x = torch.randn(100, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = module(x)
+    for parameter in module.parameters():
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    if name == "sharing":
+        size = get_operator(name).size(64, 48, 2)
+        assert list(saved.values()) == [100 * size * 4]
+    else:
+        assert list(saved) == [x.untyped_storage().data_ptr()]
+    assert kept.shape == (100, 48)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which way a layer takes
+
+
+def adapted(name="rotation", dropout=0.0, dtype=torch.float32, **kwargs):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(24, 36)).to(dtype)
+    config = MoraConfig(r=2, operator=name, dropout=dropout, init_weights=False, target_modules=["0"])
+    return get_peft_model(model, config, **kwargs).train()
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The names of the ways taken, in order."""
+    taken = []
+
+    def spy(name):
+        function = getattr(kernels, name)
+
+        def called(*arguments):
+            fold = name == "with_base" and arguments[-1]
+            taken.append("folded" if fold else name)
+            return function(*arguments)
+
+        monkeypatch.setattr(layer, name, called)
+
+    spy("add_update")
+    spy("with_base")
+    return taken
+
+
+def mora_layer(model) -> MoraLayer:
+    return next(module for module in model.modules() if isinstance(module, MoraLayer))
+
+
+def by_the_pair(model, x, dropped=None):
+    module = mora_layer(model)
+    return module.base_layer(x) + module.mora_update(x if dropped is None else dropped, "default")
+
+
+@every_operator
+def test_a_plain_base_without_dropout_is_computed_with_the_update(name, ways):
+    model, x = adapted(name), torch.randn(2, 20, 24)
+    torch.testing.assert_close(model(x), by_the_pair(model, x), rtol=1e-5, atol=1e-5)
+    assert ways == ["with_base"]
+    x = torch.randn(2000, 24)
+    torch.testing.assert_close(model(x), by_the_pair(model, x), rtol=1e-5, atol=1e-5)
+    assert ways == ["with_base", "folded"]
+
+
+def test_what_is_not_folded_or_not_joined(ways):
+    x = torch.randn(2000, 24)
+    adapted(dtype=torch.bfloat16, autocast_adapter_dtype=False)(x.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        adapted()(x)
+    dropout = adapted(dropout=0.5)
+    dropout(x)
+    dropout.eval()(x)
+    trained = adapted()
+    mora_layer(trained).base_layer.weight.requires_grad_(True)
+    trained(x).sum().backward()
+    assert mora_layer(trained).base_layer.weight.grad is not None
+    two = adapted()
+    two.add_adapter("other", MoraConfig(r=3, target_modules=["0"]))
+    two.base_model.set_adapter(["default", "other"])
+    two(x)
+    assert ways == ["with_base", "add_update", "add_update", "folded", "add_update", "add_update", "add_update"]
+
+
+def test_few_tokens_and_mixed_dtypes_take_the_pair(ways):
+    adapted()(torch.randn(1, 24))
+    mixed = adapted(dtype=torch.bfloat16)  # M is fp32
+    x = torch.randn(40, 24).bfloat16()
+    torch.testing.assert_close(mixed(x), by_the_pair(mixed, x).bfloat16())
+    assert ways == []
+
+
+def test_an_operator_of_ones_own_under_a_known_name_takes_its_own_functions(ways):
+    known = get_operator("sharing")
+    try:
+        register_operator(type(known)("sharing", known.compress, known.decompress), overwrite=True)
+        model, x = adapted("sharing"), torch.randn(40, 24)
+        torch.testing.assert_close(model(x), by_the_pair(model, x))
+    finally:
+        register_operator(known, overwrite=True)
+    assert ways == []
+
+
+def test_a_hook_on_the_base_sees_and_keeps_the_bases_own_output(ways):
+    model, x, seen = adapted(), torch.randn(40, 24), []
+    base = mora_layer(model).base_layer
+    base.register_forward_hook(lambda module, args, output: seen.append(output))
+    result = model(x)
+    torch.testing.assert_close(seen[0], linear(x, base.weight, base.bias))
+    torch.testing.assert_close(result, by_the_pair(model, x))
+    assert ways == ["add_update"]
+
+
+@every_operator
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_dropout_acts_on_the_updates_input_alone(name, dropout, ways):
+    model, x = adapted(name, dropout), torch.randn(40, 24, requires_grad=True)
+    gradient = torch.randn(40, 36)
+    torch.manual_seed(5)
+    ours = torch.autograd.grad(model(x), [x, mora_layer(model).mora_M["default"]], gradient)
+    torch.manual_seed(5)
+    theirs = torch.autograd.grad(by_the_pair(model, x), [x, mora_layer(model).mora_M["default"]], gradient)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    assert ways == ["add_update" if dropout else "with_base"]
+
+
+@every_operator
+def test_autocast_gives_the_gradients_of_the_pair_in_bf16(name, ways):
+    model, x = adapted(name), torch.randn(40, 24)
+    m = mora_layer(model).mora_M["default"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = model(x), by_the_pair(model, x)
+    assert ours.dtype == torch.bfloat16 and ways == ["add_update"]
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    gradient = torch.randn_like(ours)
+    (mine,), (other,) = (torch.autograd.grad(y, m, gradient) for y in (ours, theirs))
+    assert mine.dtype == torch.float32 and (mine - other).norm() < 1e-2 * other.norm()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_the_same(reentrant, ways):
+    def gradient(checkpointing: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = get_peft_model(LLAMA.model(), MoraConfig(r=3, init_weights=False, dropout=0.3, **LLAMA.config)).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(1)
+        model(**LLAMA.batch()).logits.pow(2).mean().backward()
+        return mora_layer(model).mora_M["default"].grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+    assert set(ways) == {"add_update"}
+
+
+def test_torch_func_differentiates_the_pair(ways):
+    model, x = adapted(), torch.randn(40, 24)
+    name, m = next((name, value) for name, value in model.named_parameters() if "mora_M" in name)
+    m = m.detach()
+
+    def loss(m):
+        return torch.func.functional_call(model, {name: m}, (x,)).pow(2).sum()
+
+    by_func = torch.func.grad(loss)(m)
+    assert ways == []
+    model(x).pow(2).sum().backward()
+    torch.testing.assert_close(by_func, mora_layer(model).mora_M["default"].grad, rtol=1e-4, atol=1e-3)
+
+
+def test_merging_in_place_adds_the_dense_form_to_the_bit():
+    model = get_peft_model(MLP_KIND.model(), MoraConfig(r=3, init_weights=False, **MLP_KIND.config))
+    module = mora_layer(model)
+    expected = module.base_layer.weight + module.get_delta_weight("default")
+    model.merge_adapter()
+    assert torch.equal(module.base_layer.weight, expected)
