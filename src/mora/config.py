@@ -92,6 +92,15 @@ class MoraConfig(PeftConfig):
         default=None, metadata={"help": "Names of modules to leave out, or a regular expression over whole names."}
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
+    use_dora: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Train the lengths of the weight's rows (one for each output) apart from their directions, as DoRA "
+                "does (arXiv 2402.09353): W' = m (W + delta) / |W + delta|, where m starts as |W|."
+            )
+        },
+    )
     fan_in_fan_out: bool = field(
         default=False,
         metadata={"help": "True where the layer stores its weight as (in, out), as GPT-2's Conv1D does."},

@@ -26,9 +26,12 @@ FOLD = 96
 
 
 class MoraLayer(BaseTunerLayer):
-    """What every layer with MoRA adapters has: per adapter a matrix M, its operator and layout, and a dropout."""
+    """What every layer with MoRA adapters has: per adapter a matrix M, its operator and layout, and a dropout.
 
-    adapter_layer_names = ("mora_M",)
+    With `use_dora`, an adapter also has a magnitude m_D: the lengths of the rows of W + delta are set to it.
+    """
+
+    adapter_layer_names = ("mora_M", "mora_magnitude")
     other_param_names = ("r", "mora_operator", "mora_layout", "mora_dropout")
     fan_in_fan_out: bool  # True where the base layer stores its weight as (in, out)
 
@@ -39,6 +42,8 @@ class MoraLayer(BaseTunerLayer):
         self.mora_layout: dict[str, Layout] = {}
         self.mora_dropout = nn.ModuleDict({})
         self.mora_M = nn.ParameterDict({})
+        self.mora_magnitude = nn.ParameterDict({})
+        self._lengths_before_merge: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -100,20 +105,30 @@ class MoraLayer(BaseTunerLayer):
         )
         self.mora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0.0 else nn.Identity()
         self.mora_M[adapter_name] = nn.Parameter(torch.empty(size, size))
+        if config.use_dora:
+            self.mora_magnitude[adapter_name] = nn.Parameter(torch.empty(self.out_features))
+        elif adapter_name in self.mora_magnitude:
+            del self.mora_magnitude[adapter_name]
         self.reset_mora_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
     def reset_mora_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """M to zero, or, with `init_weights=False`, to uniform values of at most 1 / sqrt(R).
+        """M to zero, or, with `init_weights=False`, to uniform values of at most 1 / sqrt(R); a magnitude to |W + delta|.
 
-        Writes the parameter alone: under DeepSpeed, the optimizer's copy of it has to be written as well.
+        Writes the parameters alone: under DeepSpeed, the optimizer's copy of them has to be written as well.
         """
         if init_weights:
             nn.init.zeros_(self.mora_M[adapter_name])
         else:
             nn.init.kaiming_uniform_(self.mora_M[adapter_name], a=math.sqrt(5))
+        if adapter_name in self.mora_magnitude:
+            magnitude_D = self.mora_magnitude[adapter_name]
+            with gather_params_ctx([self.get_base_layer().weight]):
+                weight = self.get_base_weight()
+                if not (magnitude_D.is_meta or weight.is_meta):  # without values yet; they are loaded later
+                    magnitude_D.copy_(self._lengths(weight, adapter_name))
 
     def set_grouping(self, adapter_name: str, in_grouping: Grouping, out_grouping: Grouping) -> None:
         """Change sharing's groups of a live adapter in this layer, as ReMoRA does after each merge.
@@ -137,14 +152,55 @@ class MoraLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base layer's weight, in the weight's own orientation and M's dtype.
 
-        A D x K matrix, transposed where the layer stores (in, out).
+        A D x K matrix, transposed where the layer stores (in, out). With `use_dora` it depends on the weight.
         """
+        update = self._update_of_weight(adapter)
+        if adapter not in self.mora_magnitude:
+            return update
+        with gather_params_ctx([self.get_base_layer().weight]):
+            weight = self.get_base_weight().to(update)
+            if adapter in self.merged_adapters:
+                return weight - self._without_magnitude(weight, adapter)
+            return self._with_magnitude(weight, adapter, self._lengths(weight, adapter)) - weight
+
+    def _update_of_weight(self, adapter: str) -> Tensor:
+        """decompress(M compress(.)) as a matrix, as [`get_delta_weight`] is without `use_dora`."""
         m_RR = self.mora_M[adapter]
         dtype = m_RR.dtype
         if m_RR.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             m_RR = m_RR.float()  # sums of half precision values lose digits, and some CPUs lack the kernels
         delta_DK = get_operator(self.mora_operator[adapter]).dense(m_RR, self.mora_layout[adapter])
         return transpose(delta_DK.to(dtype), self.fan_in_fan_out)
+
+    @torch.no_grad()
+    def _lengths(self, weight: Tensor, adapter: str) -> Tensor:
+        """|W + delta| of each output, D, in M's dtype; a constant to the gradient, as in DoRA's section 4.3."""
+        update = self._update_of_weight(adapter).to(weight.device)
+        lengths_D = torch.linalg.vector_norm(transpose(weight.to(update.dtype) + update, self.fan_in_fan_out), dim=1)
+        return lengths_D.clamp_min(torch.finfo(lengths_D.dtype).tiny)
+
+    def _row_scale(self, adapter: str, lengths_D: Tensor) -> Tensor:
+        """m / |W + delta|, of shape D."""
+        return self.mora_magnitude[adapter].to(lengths_D.device) / lengths_D
+
+    def _with_magnitude(self, weight: Tensor, adapter: str, lengths_D: Tensor) -> Tensor:
+        """m (W + delta) / |W + delta|."""
+        total_DK = transpose(weight + self._update_of_weight(adapter).to(weight.device), self.fan_in_fan_out)
+        return transpose(self._row_scale(adapter, lengths_D)[:, None] * total_DK, self.fan_in_fan_out)
+
+    def _without_magnitude(self, weight: Tensor, adapter: str) -> Tensor:
+        """W, from the weight that this adapter is merged into."""
+        scale_D = self._row_scale(adapter, self._lengths_before_merge[adapter])
+        total_DK = transpose(weight, self.fan_in_fan_out) / scale_D[:, None]
+        return transpose(total_DK, self.fan_in_fan_out) - self._update_of_weight(adapter).to(weight.device)
+
+    def _refuse_others_beside_magnitude(self, adapters: list[str]) -> None:
+        """Raises ValueError where one of several adapters sets the lengths of the weight, which they would share."""
+        if len(adapters) > 1 and any(adapter in self.mora_magnitude for adapter in adapters):
+            raise ValueError(
+                f"Adapters {', '.join(adapters)} can't work at the same time: one with use_dora sets the lengths of "
+                f"the whole weight. Make one of them active alone: model.set_adapter({adapters[0]!r})"
+            )
 
     def mora_update(self, x_BK: Tensor, adapter: str) -> Tensor:
         """decompress(M compress(dropout(x))): y_BD in the dtype of M (or of autocast)."""
@@ -208,7 +264,7 @@ class Linear(nn.Module, MoraLayer):
     def _add_to_base(self, adapter: str, sign: int, check: bool) -> None:
         """Add or subtract an adapter's weight: in the weight's dtype, rounded once; a quantised one quantised anew."""
         base_layer = self.get_base_layer()
-        parameters = [self.mora_M[adapter]]
+        parameters = [values[adapter] for values in (self.mora_M, self.mora_magnitude) if adapter in values]
         if self.quantization_backend is None:
             parameters.append(base_layer.weight)
         else:
@@ -216,8 +272,15 @@ class Linear(nn.Module, MoraLayer):
         with torch.no_grad(), gather_params_ctx(parameters):
             weight = self.get_base_weight()
             operator, layout, m_RR = self._parts(adapter)
+            lengths_D = None
+            if adapter in self.mora_magnitude:
+                if sign > 0:
+                    lengths_D = self._lengths(weight, adapter)
+                    changed = self._with_magnitude(weight, adapter, lengths_D).to(weight.dtype)
+                else:
+                    changed = self._without_magnitude(weight, adapter).to(weight.dtype)
             # A dequantised weight is a copy already, in a dtype that may be coarser than the sum needs.
-            if check or self.quantization_backend is not None:
+            elif check or self.quantization_backend is not None:
                 changed = (weight + sign * self.get_delta_weight(adapter)).to(weight.dtype)
             elif m_RR.dtype in (torch.float16, torch.bfloat16):
                 changed = weight.add_(self.get_delta_weight(adapter), alpha=sign)
@@ -231,6 +294,8 @@ class Linear(nn.Module, MoraLayer):
                     "The base weights are unchanged."
                 )
             self.set_base_weight(changed)
+            if lengths_D is not None:
+                self._lengths_before_merge[adapter] = lengths_D
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' weights to the base weight.
@@ -239,9 +304,12 @@ class Linear(nn.Module, MoraLayer):
             safe_merge: work on a copy, and refuse a result that is not finite (ValueError), the base untouched.
             adapter_names: which adapters; default: the active ones.
 
-        Raises TypeError where the base layer is quantised in a way that PEFT can't write back (GPTQ, AWQ and such).
+        Raises TypeError where the base layer is quantised in a way that PEFT can't write back (GPTQ, AWQ and such);
+        ValueError for several where one has `use_dora`.
         """
-        for adapter in check_adapters_to_merge(self, adapter_names):
+        adapters = check_adapters_to_merge(self, adapter_names)
+        self._refuse_others_beside_magnitude([*self.merged_adapters, *adapters])
+        for adapter in adapters:
             if adapter in self.mora_M:
                 self._add_to_base(adapter, sign=1, check=safe_merge)
                 self.merged_adapters.append(adapter)
@@ -280,10 +348,23 @@ class Linear(nn.Module, MoraLayer):
         dtype = result.dtype
         if adapter_names is not None:
             return self._mixed_batch(x, result, adapter_names)
-        for adapter in self.active_adapters:
-            if adapter in self.mora_M:
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.mora_M]
+        self._refuse_others_beside_magnitude(adapters)
+        for adapter in adapters:
+            if adapter in self.mora_magnitude:
+                result = self._forward_with_magnitude(result, x, adapter)
+            else:
                 result = self._add_update(result, x, adapter, in_place=plain)
         return result.to(dtype)
+
+    def _forward_with_magnitude(self, result_BD: Tensor, x_BK: Tensor, adapter: str) -> Tensor:
+        """m / |W + delta| (W x + decompress(M compress(dropout(x)))) + b, from W x + b."""
+        # ZeRO 3 gathers parameters of other modules that a forward pass reads.
+        bias_D = getattr(self.get_base_layer(), "bias", None)
+        scale_D = self._row_scale(adapter, self._lengths(self.get_base_weight(), adapter))
+        if bias_D is None:
+            return scale_D * self._add_update(result_BD, x_BK, adapter, in_place=False)
+        return scale_D * self._add_update(result_BD - bias_D, x_BK, adapter, in_place=True) + bias_D
 
     def _base_is_plain(self) -> bool:
         """The base layer is a Linear that computes what its weight says and whose output nobody else has seen."""
@@ -299,7 +380,7 @@ class Linear(nn.Module, MoraLayer):
     def _joins_base(self, x_BK: Tensor) -> str | None:
         """The adapter that can be computed in one function with a plain base: the only active one, without dropout."""
         adapters = [adapter for adapter in self.active_adapters if adapter in self.mora_M]
-        if self.merged or len(adapters) != 1:
+        if self.merged or len(adapters) != 1 or adapters[0] in self.mora_magnitude:
             return None
         adapter, base = adapters[0], cast(nn.Linear, self.base_layer)
         operator, layout, m_RR = self._parts(adapter)
@@ -317,6 +398,8 @@ class Linear(nn.Module, MoraLayer):
     def _mixed_batch(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample with its own adapter; `__base__` is none."""
         for adapter in sorted(set(adapter_names)):
+            if adapter in self.mora_magnitude:
+                raise ValueError(f"Adapter {adapter!r} has use_dora, and can't work on some samples of a batch alone.")
             if adapter in self.mora_M:
                 rows = [row for row, name in enumerate(adapter_names) if name == adapter]
                 result[rows] += self.mora_update(x[rows], adapter).to(result.dtype)

@@ -178,8 +178,8 @@ class MoraModel(BaseTuner):
             adapter_name: the new adapter's name; nothing happens where it exists.
             combination_type: "linear", the only one.
 
-        Raises ValueError: an unknown adapter, adapters that differ or have each their own `modules_to_save`, another
-        combination type.
+        Raises ValueError: an unknown adapter, adapters that differ, have `use_dora` or each their own `modules_to_save`,
+        another combination type.
         """
         if adapter_name in self.peft_config:
             return
@@ -190,6 +190,8 @@ class MoraModel(BaseTuner):
         if missing := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"Adapter(s) {', '.join(missing)} not found; there are {', '.join(self.peft_config)}.")
         configs = [self.peft_config[name] for name in adapters]
+        if any(cast(MoraConfig, config).use_dora for config in configs):
+            raise ValueError("Adapters with `use_dora` can't be combined: their update is not linear in M.")
         for key in ("r", "rank_pattern", "operator", "in_grouping", "out_grouping", "cap"):
             if any(getattr(config, key) != getattr(configs[0], key) for config in configs):
                 raise ValueError(f"Adapters that are combined need the same `{key}`; these differ.")

@@ -59,6 +59,8 @@ def _why_not(model: nn.Module) -> str | None:
         return f"it has {' and '.join(sorted(others)) or 'neither'}"
     if any(getattr(layer, "lora_variant", None) for layer in layers.values()):
         return "it has a variant of LoRA, such as DoRA"
+    if any(getattr(layer, "mora_magnitude", None) for layer in layers.values()):
+        return "it has DoRA's magnitude"
     if any(any(getattr(layer, "lora_bias", {}).values()) for layer in layers.values()):
         return "its LoRA has biases"
     if any(isinstance(layer, AdaLoraLayer) for layer in layers.values()):
