@@ -12,7 +12,7 @@ from tiny import ROOT, TINY
 from mora_repro.results.records import Store
 from mora_repro.results.search import search
 from mora_repro.spec.compose import options
-from mora_repro.spec.table import load_table, ranks
+from mora_repro.spec.table import Selection, load_table, ranks
 from mora_repro.sweep import Job, Sweep, planned, run_jobs
 
 SWEEP = """
@@ -96,6 +96,14 @@ def test_table_2_has_the_rows_of_the_paper():
     cells = [(cell.method, cell.r) for cell in load_table("2").cells("paper")]
     assert cells == [("fft", None), ("lora", 8), ("mora", 8), ("lora", 256), ("mora", 256)]
     assert [r for _, r in [(c.method, c.r) for c in load_table("figure2").cells("paper")]][1:] == ranks("paper")["all"]
+
+
+def test_the_papers_tables_are_those_without_what_goes_beyond_it():
+    every, paper = (
+        set(Selection(table=name, cells=None, scale="mini", seeds=1, search=False).tables) for name in ("all", "paper")
+    )
+    assert every - paper == {"tasks", "operators", "magnitude"}
+    assert paper == {"1", "2", "3", "4", "6", "7", *(f"figure{number}" for number in (2, 3, 4, 5))}
 
 
 OWN = """

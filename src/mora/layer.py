@@ -115,9 +115,10 @@ class MoraLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def reset_mora_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """M to zero, or, with `init_weights=False`, to uniform values of at most 1 / sqrt(R); a magnitude to |W + delta|.
+        """M to zero, or, with `init_weights=False`, to uniform values of at most 1 / sqrt(R).
 
-        Writes the parameters alone: under DeepSpeed, the optimizer's copy of them has to be written as well.
+        A magnitude to |W + delta|. Writes the parameters alone: under DeepSpeed, the optimizer's copy of them has to be
+        written as well.
         """
         if init_weights:
             nn.init.zeros_(self.mora_M[adapter_name])
@@ -125,7 +126,7 @@ class MoraLayer(BaseTunerLayer):
             nn.init.kaiming_uniform_(self.mora_M[adapter_name], a=math.sqrt(5))
         if adapter_name in self.mora_magnitude:
             magnitude_D = self.mora_magnitude[adapter_name]
-            with gather_params_ctx([self.get_base_layer().weight]):
+            with gather_params_ctx([cast(nn.Parameter, self.get_base_layer().weight)]):
                 weight = self.get_base_weight()
                 if not (magnitude_D.is_meta or weight.is_meta):  # without values yet; they are loaded later
                     magnitude_D.copy_(self._lengths(weight, adapter_name))
@@ -157,7 +158,7 @@ class MoraLayer(BaseTunerLayer):
         update = self._update_of_weight(adapter)
         if adapter not in self.mora_magnitude:
             return update
-        with gather_params_ctx([self.get_base_layer().weight]):
+        with gather_params_ctx([cast(nn.Parameter, self.get_base_layer().weight)]):
             weight = self.get_base_weight().to(update)
             if adapter in self.merged_adapters:
                 return weight - self._without_magnitude(weight, adapter)

@@ -178,8 +178,8 @@ class MoraModel(BaseTuner):
             adapter_name: the new adapter's name; nothing happens where it exists.
             combination_type: "linear", the only one.
 
-        Raises ValueError: an unknown adapter, adapters that differ, have `use_dora` or each their own `modules_to_save`,
-        another combination type.
+        Raises ValueError: an unknown adapter, adapters that differ, have `use_dora` or each their own
+        `modules_to_save`, another combination type.
         """
         if adapter_name in self.peft_config:
             return

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from results.made import THREE_SEEDS, record, table_records
 
-from mora_repro.report import html, tables
+from mora_repro.report import html, tables, verdicts
 from mora_repro.spec.table import Cell
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[dev]'")
@@ -32,6 +32,10 @@ def records():
     return [*table_records(THREE_SEEDS), *tries]
 
 
+def page(view: tables.View) -> str:
+    return html.page({"mini": [view]}, {"mini": verdicts.verdicts("mini", records())}, records())
+
+
 @pytest.fixture(scope="module")
 def browser():
     options = webdriver.ChromeOptions()
@@ -46,7 +50,7 @@ def browser():
 @pytest.fixture(scope="module")
 def opened(browser, view, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(html.page({"mini": [view]}, records()))
+    path.write_text(page(view))
     browser.set_window_size(1400, 1000)
     browser.get(path.as_uri())
     return browser
@@ -156,4 +160,4 @@ def contrast(first: str, second: str) -> float:
 
 
 def test_the_same_records_give_the_same_bytes(view):
-    assert html.page({"mini": [view]}, records()) == html.page({"mini": [view]}, records())
+    assert page(view) == page(view)

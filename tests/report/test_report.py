@@ -14,7 +14,11 @@ from mora_repro.spec.table import Cell, load_table
 
 FILES = [
     *(f"figures/figure{n}-mini.{suffix}" for n in (2, 3) for suffix in ("pdf", "png", "svg")),
-    *(f"tables/{name}-mini.{suffix}" for name in ("table2", "tasks", "operators") for suffix in ("csv", "md", "tex")),
+    *(
+        f"tables/{name}-mini.{suffix}"
+        for name in ("table2", "tasks", "operators", "magnitude")
+        for suffix in ("csv", "md", "tex")
+    ),
     *(f"tables/{name}-mini.{suffix}" for name in ("table5", "verdicts") for suffix in ("csv", "md")),
     "report.html",
 ]

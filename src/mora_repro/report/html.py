@@ -30,11 +30,17 @@ class Plot:
     html: str
 
 
-def page(views: dict[str, list[View]], records: Sequence[Record], peers: pd.DataFrame | None = None) -> str:
+def page(
+    views: dict[str, list[View]],
+    found: dict[str, list[verdicts.Verdict]],
+    records: Sequence[Record],
+    peers: pd.DataFrame | None = None,
+) -> str:
     """The whole report of the scales that have records.
 
     Args:
         views: the tables that have a run, by scale.
+        found: the verdicts, by scale.
         peers: results of PEFT's method comparison (`peers.read`).
     """
     environment = Environment(
@@ -43,7 +49,7 @@ def page(views: dict[str, list[View]], records: Sequence[Record], peers: pd.Data
     scales = [
         {
             "name": scale,
-            "verdicts": verdicts.verdicts(scale, records),
+            "verdicts": found[scale],
             "tables": [_table(view) for view in some],
             "recipes": recipes.used(some),
             "figures": [plot for name in figures.NAMES if (plot := _figure(name, scale, records))],

@@ -18,7 +18,7 @@ from ..spec.run_spec import Strict, script_config
 from . import figures, html, peers, readme, recipes, tables, verdicts
 from .terminal import grid, said
 
-TABLES = ("1", "2", "3", "4", "6", "7", "tasks", "operators")
+TABLES = ("1", "2", "3", "4", "6", "7", "tasks", "operators", "magnitude")
 
 
 class Wanted(Strict):
@@ -59,10 +59,12 @@ def main(config: DictConfig) -> int:
         for problem in unread:
             print(problem, file=sys.stderr)
     try:
-        for scale in (scale for scale, some in views.items() if some):
-            report(scale, views[scale], records, store)
+        views = {scale: some for scale, some in views.items() if some}
+        found = {scale: verdicts.verdicts(scale, records) for scale in views}
+        for scale, some in views.items():
+            report(scale, some, found[scale], records, store)
         page = store.out / "report.html"
-        write_atomically(page, html.page({scale: some for scale, some in views.items() if some}, records, others))
+        write_atomically(page, html.page(views, found, records, others))
         if others is not None:
             path = store.out / "tables" / "peers"
             write_atomically(path.with_suffix(".md"), peers.markdown(others))
@@ -78,7 +80,13 @@ def main(config: DictConfig) -> int:
     return 0
 
 
-def report(scale: str, views: Sequence[tables.View], records: Sequence[Record], store: Store) -> None:
+def report(
+    scale: str,
+    views: Sequence[tables.View],
+    found: Sequence[verdicts.Verdict],
+    records: Sequence[Record],
+    store: Store,
+) -> None:
     """Write the tables, figures and verdicts of a scale, and print them."""
     console = Console()
     files = []
@@ -94,7 +102,6 @@ def report(scale: str, views: Sequence[tables.View], records: Sequence[Record], 
     write_atomically(path.with_suffix(".md"), recipes.markdown(views, scale))
     write_atomically(path.with_suffix(".csv"), recipes.used(views).to_csv(index=False))
     files.append(f"table 5:  {path}.md, .csv")
-    found = verdicts.verdicts(scale, records)
     path = store.out / "tables" / f"verdicts-{scale}"
     write_atomically(path.with_suffix(".md"), verdicts.markdown(found, scale))
     write_atomically(path.with_suffix(".csv"), verdicts.data(found).to_csv(index=False))

@@ -126,9 +126,13 @@ class Column(Part):
 
 
 class Table(Part):
-    """conf/table/<name>.yaml. A figure has no columns: each of its rows is a curve."""
+    """conf/table/<name>.yaml. A figure has no columns: each of its rows is a curve.
+
+    `paper`: it is one of the paper's.
+    """
 
     name: str
+    paper: bool = True
     title: str
     rows: tuple[Row, ...]
     columns: tuple[Column, ...] = ()
@@ -212,13 +216,16 @@ class Selection(Strict):
         if self.table is None:
             return []
         names = [str(name) for name in (self.table if isinstance(self.table, tuple) else (self.table,))]
-        return options("table") if names == ["all"] else names
+        if names in (["all"], ["paper"]):
+            return [name for name in options("table") if names == ["all"] or load_table(name).paper]
+        return names
 
     def all_cells(self) -> list[Cell]:
         """The different cells of the tables and of the user's own file. Raises UserError where there are none."""
         if self.table is None and self.cells is None:
             raise UserError(
-                f"which runs? table=<name>, of {', '.join(options('table'))} or all, or cells=<file> in their form"
+                f"which runs? table=<name>, of {', '.join(options('table'))}, paper (its own) or all, or "
+                f"cells=<file> in their form"
             )
         tables = [load_table(name) for name in self.tables]
         tables += [read_table(Path(self.cells))] if self.cells else []
