@@ -217,7 +217,7 @@ class MoraLayer(BaseTunerLayer):
         if not _has_kernel(operator, layout, x_BK, m_RR):
             return result_BD + self.mora_update(x_BK, adapter)
         x_BK = self._adapter_input(x_BK, adapter)
-        if torch.is_autocast_enabled(x_BK.device.type):  # as in the products of the pure functions
+        if _under_autocast(x_BK):  # as in the products of the pure functions
             dtype = torch.get_autocast_dtype(x_BK.device.type)
             x_BK, m_RR = x_BK.to(dtype), m_RR.to(dtype)
         if not result_BD.dtype == x_BK.dtype == m_RR.dtype:
@@ -391,7 +391,7 @@ class Linear(nn.Module, MoraLayer):
             and (base.bias is None or not base.bias.requires_grad)
             and (isinstance(dropout, nn.Identity) or not dropout.training)
             and m_RR.dtype == base.weight.dtype == x_BK.dtype
-            and not torch.is_autocast_enabled(x_BK.device.type)
+            and not _under_autocast(x_BK)
             and _has_kernel(operator, layout, x_BK, m_RR, base.weight)
         )
         return adapter if joins else None
@@ -419,6 +419,11 @@ class Linear(nn.Module, MoraLayer):
 
 def _tokens(x_BK: Tensor) -> int:
     return x_BK.numel() // x_BK.shape[-1]
+
+
+def _under_autocast(x_BK: Tensor) -> bool:
+    kind = x_BK.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
 
 
 def _has_kernel(operator: Operator, layout: Layout, x_BK: Tensor, *tensors: Tensor) -> bool:

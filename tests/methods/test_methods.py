@@ -247,9 +247,10 @@ def test_which_methods_change_the_base(overrides, changes):
 
 
 LORA_1_3B = 24 * 8 * (4 * (2048 + 2048) + 3 * (2048 + 5461))
+MAGNITUDES_1_3B = 24 * (5 * 2048 + 2 * 5461)
 COUNTS_1_3B = {
     **dict.fromkeys(("lora", "lora_plus", "rslora", "pissa", "hira", "relora", "periodic_lora"), LORA_1_3B),
-    "dora": LORA_1_3B + 24 * (5 * 2048 + 2 * 5461),
+    "dora": LORA_1_3B + MAGNITUDES_1_3B,
     "asylora": 24 * 8 * (5 * 2048 + 2 * 5461),
     "adalora": 24 * 12 * (4 * (2048 + 2048) + 3 * (2048 + 5461) + 7),
     "vera": 24 * (5 * 2048 + 2 * 5461 + 7 * 8),
@@ -264,6 +265,7 @@ def test_llama_1_3b_is_counted_on_the_meta_device(method):
     if method in COUNTS_1_3B:
         assert trained == COUNTS_1_3B[method]
     else:  # its size is chosen, or rounded, to come near to LoRA's
+        trained -= MAGNITUDES_1_3B if method == "mora_dora" else 0
         assert trained == pytest.approx(LORA_1_3B, rel=0.02)
 
 
