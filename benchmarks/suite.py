@@ -109,6 +109,29 @@ def in_process(out: Path, steps: int) -> dict[str, float]:
     }
 
 
+HARNESS = """
+import time
+import datasets, peft, transformers  # as a run has them by then
+from mora_repro.data.task import build_task
+from mora_repro.evaluation.measure import fetch
+from mora_repro.methods import load_tokenizer
+from mora_repro.spec import RunSpec, compose_config
+spec = RunSpec.from_config(compose_config(["task=instruct", "scale=mini"]))
+benchmarks = build_task(spec).for_tokenizer(load_tokenizer(spec)).benchmarks(spec.eval)
+start = time.perf_counter()
+fetch(benchmarks)
+print(time.perf_counter() - start)
+"""
+
+
+def harness() -> float:
+    """Seconds that lm-eval takes in a run until it can ask: its import, and the building of our tasks."""
+    done = subprocess.run(
+        [sys.executable, "-c", HARNESS], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.split()[-1])
+
+
 def tables(out: Path, records: int) -> float:
     """Seconds from so many records to all tables, figures and the report."""
     from mora_repro.results.records import Record, Store
@@ -157,6 +180,7 @@ def main() -> None:
         measured({"train.py --help, s": statistics.median(command("train.py", "--help") for _ in range(times))})
         starts = [first_step(out / f"first{number}", number) for number in range(1 if chosen.quick else 3)]
         measured({"from train.py to the first step, s": statistics.median(starts)})
+        measured({"lm-eval's start in a run, s": statistics.median(harness() for _ in range(times))})
         measured(in_process(out / "parts", 60 if chosen.quick else 300))
         count = 1000 if chosen.quick else 10_000
         measured({f"{count:,} records to all tables, s": tables(out / "records", count)})

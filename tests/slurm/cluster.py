@@ -178,9 +178,13 @@ class Cluster:
         self._end("slurmctld")  # which writes its state; killed, it would lose the last seconds
         self.start_controller()
 
+    def kill_slurmd(self, node: str) -> None:
+        """End a node's slurmd at once; its jobs run on, and nobody reports them."""
+        self.daemons.pop(node).kill()
+
     def cut_power(self, node: str) -> None:
         """End a node's slurmd and all that runs on it at once, so that nobody reports it."""
-        self.daemons.pop(node).kill()
+        self.kill_slurmd(node)
         jobs = _of_jobs(self.conf, node)
         parents = {_parent(process) for process in jobs} - set(jobs)
         steps = [process for process in parents if _command(process).startswith("slurmstepd")]

@@ -51,6 +51,23 @@ def test_a_run_gives_a_whole_record_and_the_same_numbers_again(command, command_
 
 
 @pytest.mark.slow
+def test_the_cost_in_a_record_is_what_is_seen_from_outside(tmp_path):
+    start = time.monotonic()
+    longer = ["training.steps=60", "training.evaluate_at=[60]"]
+    command = [sys.executable, "train.py", "method=mora", *TINY, *longer, f"out={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - start
+    assert status == 0
+    record = only_record(tmp_path)
+    cost = record.cost
+    assert cost.peak_memory_mb == pytest.approx(usage.ru_maxrss * 1024 / 1e6, rel=0.02)
+    assert cost.train_s < cost.wall_s < seconds
+    passes = len(record.curve.step) * record.spec.training.batch_size / record.data.examples
+    assert cost.tokens_per_s * cost.train_s == pytest.approx(passes * record.data.tokens, rel=0.02)
+
+
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_stops_and_rerun_runs_it_again(command_here, tmp_path):
     arguments = ("train.py", "method=mora", *TINY, f"out={tmp_path}")
     command_here(*arguments)

@@ -316,8 +316,9 @@ def caption(view: View) -> str:
             f"The scales differ ({low}, {high}; generated data), so the order of the methods can be compared, and not "
             f"the numbers."
         )
-    if not all(higher_is_better(at(column.metric, view.scale)) for column in view.columns):
-        parts.append("Lower is better.")
+    lower = [higher_is_better(at(column.metric, view.scale)) for column in view.columns].count(False)
+    if lower:
+        parts.append("Lower is better." if lower == len(view.columns) else "Of perplexity, lower is better.")
     if len(view.seeds) > 1:
         parts.append("Bold: better than every other row (t-tests paired by seed, at 5 % after Holm's correction).")
     if any(line.off_budget for line in view.lines):

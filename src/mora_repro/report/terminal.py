@@ -17,8 +17,11 @@ ROOMY = (
 
 
 def grid(view: View, width: int) -> Grid:
-    """Ours, then the paper's, for a terminal `width` columns wide."""
-    between = " ±" if width >= 34 + ROOMY * 2 * len(view.columns) else "\n±"
+    """Ours, then the paper's if it has any, for a terminal `width` columns wide."""
+    groups = [("ours", view.titles)]
+    if view.has_paper:
+        groups.append(("paper", [paper_title(column) for column in view.columns]))
+    between = " ±" if width >= 34 + ROOMY * len(groups) * len(view.columns) else "\n±"
     winners = view.winners()
     lines = Grid(
         title=f"{view.name}: {view.table.title}, scale {view.scale}",
@@ -30,7 +33,7 @@ def grid(view: View, width: int) -> Grid:
     lines.add_column("\nmethod")  # the one that is wrapped where the terminal is too narrow
     for name in ("trained\nparams", "\nseeds"):
         lines.add_column(name, justify="right", no_wrap=True)
-    for group, titles in (("ours", view.titles), ("paper", [paper_title(column) for column in view.columns])):
+    for group, titles in groups:
         lines.add_column("", no_wrap=True)  # a gap between the groups
         for index, title in enumerate(titles):
             lines.add_column(f"{group if index == 0 else ''}\n{title}", justify="right", no_wrap=True)
@@ -43,15 +46,14 @@ def grid(view: View, width: int) -> Grid:
             str(len(line.seeds)) if line.seeds else "not run",
             "",
             *ours,
-            "",
-            *(f"[dim]{shown_paper(entry.paper)}[/dim]" for entry in line.entries),
+            *(["", *(f"[dim]{shown_paper(entry.paper)}[/dim]" for entry in line.entries)] if view.has_paper else []),
         )
     return lines
 
 
 def _notes(view: View) -> str:
     notes = []
-    if view.scale == "mini":
+    if view.scale == "mini" and view.has_paper:
         notes.append("the scales differ: compare the order of the methods, not the numbers")
     if len(view.seeds) > 1:
         notes.append("±: 95 % t-interval over seeds; bold: better than all others (paired, Holm, 5 %)")

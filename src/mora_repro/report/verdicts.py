@@ -91,11 +91,10 @@ def claims() -> list[Claim]:
 
 def verdicts(scale: str, records: Sequence[Record]) -> list[Verdict]:
     """A verdict on every claim from the records of a scale."""
-    found = []
-    for claim in claims():
-        [first], [second] = (cells_in(scale, side, claim) for side in (claim.first, claim.second))
-        found.append(judge(claim, scale, *collect([first, second], records)))
-    return found
+    every = claims()
+    cells = [cell for claim in every for side in (claim.first, claim.second) for cell in cells_in(scale, side, claim)]
+    results = collect(cells, records)
+    return [judge(claim, scale, *pair) for claim, pair in zip(every, zip(results[::2], results[1::2]), strict=True)]
 
 
 def judge(claim: Claim, scale: str, first: CellResult, second: CellResult) -> Verdict:
