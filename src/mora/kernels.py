@@ -10,7 +10,10 @@ compressed form (sharing), or x itself, which layers of the same input share (th
     folded       x (W + delta)^T in one product: the adapter's products of the forward pass and for the gradient of x
                  cost nothing, the sum costs two passes over the weight. Only where W + delta loses no digits.
 
-Which one is taken, [`mora.layer.Linear`] decides. None can be differentiated twice; PyTorch says so in an error.
+Which one is taken, [`mora.layer.Linear`] decides. None can be differentiated twice, forwards (`forward_ad`) or for many
+gradients at once (`is_grads_batched`); PyTorch says so in an error. Inputs are cast before, so that autocast is off
+within: it would give a sum in fp32, and a gradient another dtype than the tensors that it is added to.
+
 Shape suffixes as in operators.py, and
     T   tokens: all batch dimensions in one
     P   N R, the length of all blocks
@@ -19,6 +22,7 @@ Shape suffixes as in operators.py, and
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -121,8 +125,7 @@ class BlockKernel:
         u_TP = y_TD.new_empty(len(y_TD), layout.blocks * layout.size) if repeated else y_TD
         beta = 0 if repeated else 1
         full, last, rows, inside, wrapped = _cut(layout)
-        if full:
-            _blocks(u_TP, full, layout).baddbmm_(_blocks(x_TK, full, layout), m_NRR[:full].mT, beta=beta)
+        _blocks(u_TP, full, layout).baddbmm_(_blocks(x_TK, full, layout), m_NRR[:full].mT, beta=beta)
         if rows:
             m_RR = m_NRR[-1, :rows]
             u_TR = u_TP[:, last : last + rows]
@@ -139,8 +142,7 @@ class BlockKernel:
         # Half precision is turned back and summed up in single.
         dtype = torch.float32 if kept.dtype in HALF else kept.dtype
         m_NRR = kept.new_empty(layout.blocks, layout.size, layout.size, dtype=dtype)
-        if full:
-            m_NRR[:full] = _sum_of_products(_blocks(g_TP, full, layout), _blocks(kept, full, layout))
+        m_NRR[:full] = _sum_of_products(_blocks(g_TP, full, layout), _blocks(kept, full, layout))
         if rows:
             g_RT = g_TP[:, last : last + rows].T
             m_NRR[-1, :rows, :inside] = g_RT @ kept[:, last : last + inside]
@@ -157,8 +159,7 @@ class BlockKernel:
         if x_TK is None:
             x_TK, beta = g_TD.new_empty(len(g_TD), layout.in_features), 0
             x_TK[:, length:] = 0  # not read
-        if full:
-            _blocks(x_TK, full, layout).baddbmm_(_blocks(g_TP, full, layout), m_NRR[:full], beta=beta)
+        _blocks(x_TK, full, layout).baddbmm_(_blocks(g_TP, full, layout), m_NRR[:full], beta=beta)
         if rows:
             g_TR, m_RR = g_TP[:, last : last + rows], m_NRR[-1, :rows]
             x_TK[:, last : last + inside].addmm_(g_TR, m_RR[:, :inside], beta=beta)
@@ -175,8 +176,9 @@ def _repeats(layout: Layout) -> bool:
 def _cut(layout: Layout) -> tuple[int, int, int, int, int]:
     """How the blocks lie: those that are whole, and the last where it is not among them.
 
-    (blocks that are whole in x and in the output, where the last one starts, its rows that are not cut, how many of
-    its columns lie before the end of x, how many wrap around to x's beginning); the last three are 0 without such one.
+    (blocks that are whole in x and in the output, one at least; where the last one starts, its rows that are not cut,
+    how many of its columns lie before the end of x, how many wrap around to x's beginning); the last three are 0
+    without such one.
     """
     size = layout.size
     full = min(layout.in_features, layout.out_features) // size
@@ -208,12 +210,16 @@ def _blocks(t_TF: Tensor, full: int, layout: Layout) -> Tensor:
     return t_TF[:, : full * layout.size].unflatten(1, (full, layout.size)).transpose(0, 1)
 
 
-KERNELS: dict[Operator, Kernel] = {
-    get_operator("sharing"): SharingKernel(),
-    get_operator("decoupling"): BlockKernel(decoupling_matrices, decoupling_matrices_adjoint),
-    get_operator("rotation"): BlockKernel(rotation_matrices, rotation_matrices_adjoint),
-}
-"""By the operator itself: one that a user registers under the same name is computed by its own functions."""
+_KERNELS: list[tuple[Operator, Kernel]] = [
+    (get_operator("sharing"), SharingKernel()),
+    (get_operator("decoupling"), BlockKernel(decoupling_matrices, decoupling_matrices_adjoint)),
+    (get_operator("rotation"), BlockKernel(rotation_matrices, rotation_matrices_adjoint)),
+]
+
+
+def kernel_of(operator: Operator) -> Kernel | None:
+    """Of a built-in operator; one that a user registers under the same name is computed by its own functions."""
+    return next((kernel for known, kernel in _KERNELS if known is operator), None)
 
 
 def add_update(
@@ -222,7 +228,7 @@ def add_update(
     """base + decompress(M compress(x)), all three of one dtype.
 
     Args:
-        operator: one of `KERNELS`.
+        operator: one with a kernel.
         in_place: the base's output is changed and returned. Only for an output that nobody else reads.
     """
     return _AddUpdate.apply(base_BD, x_BK, m_RR, operator, layout, in_place)
@@ -233,23 +239,26 @@ class _AddUpdate(torch.autograd.Function):
     def forward(
         ctx: Any, base_BD: Tensor, x_BK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout, in_place: bool
     ) -> Tensor:
-        ctx.kernel, ctx.layout, ctx.shape = KERNELS[operator], layout, x_BK.shape
+        ctx.kernel, ctx.layout, ctx.shape = kernel_of(operator), layout, x_BK.shape
         if in_place:
             ctx.mark_dirty(base_BD)
         y_BD = base_BD if in_place else base_BD.clone(memory_format=torch.contiguous_format)
-        kept = ctx.kernel.add_(y_BD.view(-1, layout.out_features), _tokens(x_BK), m_RR, layout)
-        ctx.save_for_backward(kept, m_RR)
+        with _as_it_is(x_BK):
+            kept = ctx.kernel.add_(y_BD.view(-1, layout.out_features), _in_one(x_BK), m_RR, layout)
+        ctx.save_for_backward(kept if ctx.needs_input_grad[2] else None, m_RR if ctx.needs_input_grad[1] else None)
         return y_BD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
         kept, m_RR = ctx.saved_tensors
-        g_TD = _tokens(g_BD)
-        x_grad = None
-        if ctx.needs_input_grad[1]:
-            x_grad = ctx.kernel.gradient_of_x(g_TD, m_RR, ctx.layout, None).view(ctx.shape)
-        m_grad = ctx.kernel.gradient_of_m(g_TD, kept, ctx.layout) if ctx.needs_input_grad[2] else None
+        g_TD = _in_one(g_BD)
+        x_grad = m_grad = None
+        with _as_it_is(g_BD):
+            if ctx.needs_input_grad[1]:
+                x_grad = ctx.kernel.gradient_of_x(g_TD, m_RR, ctx.layout, None).view(ctx.shape)
+            if ctx.needs_input_grad[2]:
+                m_grad = ctx.kernel.gradient_of_m(g_TD, kept, ctx.layout)
         return g_BD, x_grad, m_grad, None, None, None
 
 
@@ -259,7 +268,7 @@ def with_base(
     """W x + b + decompress(M compress(x)), for a frozen W and b; all of one dtype.
 
     Args:
-        operator: one of `KERNELS`.
+        operator: one with a kernel.
         fold: x (W + delta(M))^T + b in one product. The sum is built for the forward pass and again for the backward
             pass, and not kept between them.
     """
@@ -279,37 +288,50 @@ class _WithBase(torch.autograd.Function):
         fold: bool,
     ) -> Tensor:
         ctx.operator, ctx.layout, ctx.fold = operator, layout, fold
-        kernel, x_TK = KERNELS[operator], _tokens(x_BK)
-        if fold:
-            kept = kernel.keep(x_TK, layout) if ctx.needs_input_grad[3] else None
-            y_BD = linear(x_BK, _sum(weight_DK, m_RR, operator, layout), bias_D)
-        else:
-            y_BD = linear(x_BK, weight_DK, bias_D)
-            kept = kernel.add_(y_BD.view(-1, layout.out_features), x_TK, m_RR, layout)
-        ctx.save_for_backward(kept, weight_DK, m_RR)
+        kernel, x_TK = kernel_of(operator), _in_one(x_BK)
+        assert kernel is not None
+        with _as_it_is(x_BK):
+            if fold:
+                kept = kernel.keep(x_TK, layout) if ctx.needs_input_grad[3] else None
+                y_BD = linear(x_BK, _folded(weight_DK, m_RR, operator, layout), bias_D)
+            else:
+                y_BD = linear(x_BK, weight_DK, bias_D)
+                kept = kernel.add_(y_BD.view(-1, layout.out_features), x_TK, m_RR, layout)
+        ctx.save_for_backward(
+            kept if ctx.needs_input_grad[3] else None, weight_DK, m_RR if ctx.needs_input_grad[0] else None
+        )
         return y_BD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight_DK, m_RR = ctx.saved_tensors
-        kernel, layout, g_TD = KERNELS[ctx.operator], ctx.layout, _tokens(g_BD)
+        kernel, layout, g_TD = kernel_of(ctx.operator), ctx.layout, _in_one(g_BD)
+        assert kernel is not None
         x_grad = m_grad = None
-        if ctx.needs_input_grad[0] and ctx.fold:
-            x_grad = g_BD @ _sum(weight_DK, m_RR, ctx.operator, layout)
-        elif ctx.needs_input_grad[0]:
-            x_grad = g_BD @ weight_DK
-            kernel.gradient_of_x(g_TD, m_RR, layout, x_grad.view(-1, layout.in_features))
-        if ctx.needs_input_grad[3]:
-            m_grad = kernel.gradient_of_m(g_TD, kept, layout)
+        with _as_it_is(g_BD):
+            if ctx.needs_input_grad[0] and ctx.fold:
+                x_grad = g_BD @ _folded(weight_DK, m_RR, ctx.operator, layout)
+            elif ctx.needs_input_grad[0]:
+                x_grad = g_BD @ weight_DK
+                kernel.gradient_of_x(g_TD, m_RR, layout, x_grad.view(-1, layout.in_features))
+            if ctx.needs_input_grad[3]:
+                m_grad = kernel.gradient_of_m(g_TD, kept, layout)
         return x_grad, None, None, m_grad, None, None, None
 
 
-def _sum(weight_DK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout) -> Tensor:
+def _folded(weight_DK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout) -> Tensor:
     total_DK = torch.empty_like(weight_DK)
     operator.add_to(weight_DK, m_RR, layout, 1, total_DK)
     return total_DK
 
 
-def _tokens(x_BF: Tensor) -> Tensor:
+def _in_one(x_BF: Tensor) -> Tensor:
+    """All batch dimensions in one: x_TF."""
     return x_BF.reshape(-1, x_BF.shape[-1])
+
+
+def _as_it_is(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

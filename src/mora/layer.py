@@ -14,15 +14,19 @@ from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from .config import MoraConfig
-from .kernels import KERNELS, add_update, with_base
+from .kernels import add_update, kernel_of, with_base
 from .operators import Grouping, Layout, Operator, get_operator
 
 # Folding passes over the weight twice in a step, and saves two of the adapter's three products. It pays where a
 # product of M with the tokens has this many multiplications for each entry of the weight (see docs/performance.md).
 FOLD = 96
+_KEEP_PRODUCTS = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)  # of selective checkpointing
 
 
 class MoraLayer(BaseTunerLayer):
@@ -191,12 +195,13 @@ class MoraLayer(BaseTunerLayer):
 
     def _without_magnitude(self, weight: Tensor, adapter: str) -> Tensor:
         """W, from the weight that this adapter is merged into."""
-        scale_D = self._row_scale(adapter, self._lengths_before_merge[adapter])
+        scale_D = self._row_scale(adapter, self._lengths_before_merge[adapter].to(weight.device))
         total_DK = transpose(weight, self.fan_in_fan_out) / scale_D[:, None]
         return transpose(total_DK, self.fan_in_fan_out) - self._update_of_weight(adapter).to(weight.device)
 
-    def _refuse_others_beside_magnitude(self, adapters: list[str]) -> None:
+    def refuse_others_beside_magnitude(self, adapters: list[str]) -> None:
         """Raises ValueError where one of several adapters sets the lengths of the weight, which they would share."""
+        adapters = [adapter for adapter in adapters if adapter in self.mora_M]
         if len(adapters) > 1 and any(adapter in self.mora_magnitude for adapter in adapters):
             raise ValueError(
                 f"Adapters {', '.join(adapters)} can't work at the same time: one with use_dora sets the lengths of "
@@ -216,10 +221,11 @@ class MoraLayer(BaseTunerLayer):
         operator, layout, m_RR = self._parts(adapter)
         if not _has_kernel(operator, layout, x_BK, m_RR):
             return result_BD + self.mora_update(x_BK, adapter)
-        x_BK = self._adapter_input(x_BK, adapter)
-        if _under_autocast(x_BK):  # as in the products of the pure functions
+        if _under_autocast(x_BK) and m_RR.dtype != torch.float64:  # as in the products of the pure functions
             dtype = torch.get_autocast_dtype(x_BK.device.type)
-            x_BK, m_RR = x_BK.to(dtype), m_RR.to(dtype)
+            x_BK, m_RR = self.mora_dropout[adapter](x_BK.to(dtype)), m_RR.to(dtype)
+        else:
+            x_BK = self._adapter_input(x_BK, adapter)
         if not result_BD.dtype == x_BK.dtype == m_RR.dtype:
             return result_BD + operator(x_BK, m_RR, layout)
         return add_update(result_BD, x_BK, m_RR, operator, layout, in_place and result_BD.is_contiguous())
@@ -297,6 +303,8 @@ class Linear(nn.Module, MoraLayer):
             self.set_base_weight(changed)
             if lengths_D is not None:
                 self._lengths_before_merge[adapter] = lengths_D
+            else:
+                self._lengths_before_merge.pop(adapter, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' weights to the base weight.
@@ -309,7 +317,7 @@ class Linear(nn.Module, MoraLayer):
         ValueError for several where one has `use_dora`.
         """
         adapters = check_adapters_to_merge(self, adapter_names)
-        self._refuse_others_beside_magnitude([*self.merged_adapters, *adapters])
+        self.refuse_others_beside_magnitude([*self.merged_adapters, *adapters])
         for adapter in adapters:
             if adapter in self.mora_M:
                 self._add_to_base(adapter, sign=1, check=safe_merge)
@@ -336,10 +344,11 @@ class Linear(nn.Module, MoraLayer):
         if plain and adapter_names is None and (adapter := self._joins_base(x)) is not None:
             operator, layout, m_RR = self._parts(adapter)
             base_layer = cast(nn.Linear, self.base_layer)
-            # Exact in single precision: the rounding of W + delta is that of the product with W. In half precision
-            # the sum would lose small updates.
-            pays = _tokens(x) * KERNELS[operator].products(layout) >= FOLD * base_layer.weight.numel()
-            fold = pays and x.dtype in (torch.float32, torch.float64)
+            # Exact in single precision: the rounding of W + delta is that of the product with W. Where the product
+            # rounds its factors to fewer digits, the sum would lose small updates.
+            kernel = kernel_of(operator)
+            pays = kernel is not None and _tokens(x) * kernel.products(layout) >= FOLD * base_layer.weight.numel()
+            fold = pays and _products_are_exact(x.dtype)
             return with_base(x, base_layer.weight, base_layer.bias, m_RR, operator, layout, fold)
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
@@ -349,12 +358,11 @@ class Linear(nn.Module, MoraLayer):
         dtype = result.dtype
         if adapter_names is not None:
             return self._mixed_batch(x, result, adapter_names)
-        adapters = [adapter for adapter in self.active_adapters if adapter in self.mora_M]
-        self._refuse_others_beside_magnitude(adapters)
-        for adapter in adapters:
+        self.refuse_others_beside_magnitude(self.active_adapters)
+        for adapter in self.active_adapters:
             if adapter in self.mora_magnitude:
                 result = self._forward_with_magnitude(result, x, adapter)
-            else:
+            elif adapter in self.mora_M:
                 result = self._add_update(result, x, adapter, in_place=plain)
         return result.to(dtype)
 
@@ -376,6 +384,7 @@ class Linear(nn.Module, MoraLayer):
             or base._forward_pre_hooks  # DeepSpeed's ZeRO 3 gathers the weight there
             or base._backward_hooks
             or base._backward_pre_hooks
+            or _has_any_global_hook()
         )
 
     def _joins_base(self, x_BK: Tensor) -> str | None:
@@ -426,17 +435,30 @@ def _under_autocast(x_BK: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
 
 
+def _products_are_exact(dtype: torch.dtype) -> bool:
+    """Not where fp32 is multiplied as TF32 or bfloat16, by torch.set_float32_matmul_precision or allow_tf32."""
+    if dtype == torch.float64:
+        return True
+    try:
+        return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by PyTorch's newer switches, for each backend
+        return False
+
+
 def _has_kernel(operator: Operator, layout: Layout, x_BK: Tensor, *tensors: Tensor) -> bool:
     """Whether kernels.py serves: a built-in operator, and tokens enough for its work on M to pay.
 
-    Not for tensors of other kinds than plain ones, nor under torch.func. A compiler fuses the pure functions itself.
+    Not for tensors of other kinds than plain ones, under torch.func, torch.jit.trace, or a checkpointing that keeps the
+    base's product, which is added to. A compiler fuses the pure functions itself.
     """
     return (
-        operator in KERNELS
+        not torch.compiler.is_compiling()  # before the number of tokens, which it would take for fixed
+        and not torch.jit.is_tracing()
+        and kernel_of(operator) is not None
         and 4 * _tokens(x_BK) >= layout.size
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x_BK, *tensors))
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not any(isinstance(mode, _KEEP_PRODUCTS) for mode in _get_current_dispatch_mode_stack())
     )
 
 

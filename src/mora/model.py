@@ -161,6 +161,24 @@ class MoraModel(BaseTuner):
         config = cast(MoraConfig, self.peft_config[adapter_name])
         config.in_grouping, config.out_grouping = in_grouping, out_grouping
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's. Raises ValueError, with no layer changed, for several adapters where one has `use_dora`."""
+        self._refuse_to_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As PEFT's. Raises as [`merge_adapter`] does."""
+        self._refuse_to_merge(adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _refuse_to_merge(self, adapter_names: list[str] | None) -> None:
+        for layer in self.modules():
+            if isinstance(layer, MoraLayer):
+                wanted = layer.active_adapters if adapter_names is None else adapter_names
+                layer.refuse_others_beside_magnitude(list(dict.fromkeys([*layer.merged_adapters, *wanted])))
+
     def reset_mora_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """M of all layers to zero, or to random values, as [`MoraLayer.reset_mora_parameters`] does."""
         for layer in self.modules():

@@ -89,7 +89,8 @@ class Operator:
             applied to the K unit vectors, which is right for any linear pair, at the price of K forward passes
             in one batch.
         even: R has to be even; it is rounded down.
-        add_delta: adds that matrix to a weight without building it, in fewer passes. Default: by `delta_weight`.
+        add_delta: adds that matrix to a weight without building it, in fewer passes; `delta_weight` is then not
+            called. Default: by `delta_weight`.
     """
 
     name: str
@@ -392,7 +393,7 @@ def sum_repeated(y: Tensor, size: int, wrap: bool = False) -> Tensor:
     Args:
         wrap: y is padded with its own first values to a multiple of `size`.
     """
-    times, over = divmod(y.shape[-1], size)
+    times, over = divmod(int(y.shape[-1]), size)  # torch.jit traces a size as a tensor
     if times <= 3:  # a sum over so few is slower than their additions
         total = y[..., :size].clone()
         for start in range(size, times * size, size):

@@ -157,6 +157,32 @@ def test_what_it_can_not_do_is_said():
     logits(model, LLAMA.batch())
 
 
+def test_a_refused_merge_changes_no_layer():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20)), MoraConfig(r=2, target_modules=["0"], init_weights=False)
+    )
+    model.add_adapter("scaled", MoraConfig(r=2, target_modules=["1"], use_dora=True, init_weights=False))
+    x = torch.randn(5, 20)
+    model.base_model.set_adapter(["default", "scaled"])
+    before = model(x)
+    model.merge_adapter()  # each has a layer of its own
+    assert_close(model(x), before)
+    model.unmerge_adapter()
+    model.add_adapter("both", MoraConfig(r=2, target_modules=["0", "1"], init_weights=False))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="can't work at the same time"):
+            merge(adapter_names=["both", "scaled"])
+        assert not any(layer.merged_adapters for layer in layers(model))
+
+
+def test_a_merged_model_can_be_moved_and_unmerged():
+    model = adapted(MLP_KIND)
+    model.merge_adapter()
+    model.to("meta")
+    model.unmerge_adapter()
+    assert not any(layer.merged_adapters or layer._lengths_before_merge for layer in layers(model))
+
+
 def test_an_adapter_made_anew_without_it_has_no_magnitude():
     model = adapted(MLP_KIND)
     for layer in layers(model):
