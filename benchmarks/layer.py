@@ -148,6 +148,7 @@ def cases(quick: bool, device: str) -> list[Case]:
     ]
     # r_hat divides the sides at 1024 x 1024, r 8 (it is 128), and nowhere else.
     chosen += [Case(1024, 1024, r, t, dtype) for r in (8, 64) for t in (128, 512, 8192) for dtype in ("fp32", "bf16")]
+    chosen += [Case(2048, 2048, 128, t, "fp32") for t in (512, 1024)]  # where folding begins to pay
     return chosen
 
 
