@@ -348,6 +348,27 @@ def test_the_sums_of_cudas_autocast_do_no_harm(name, dtype, ways):
     assert ways == ["add_update"] and torch.isfinite(x.grad).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_under_autocast_and_without_it_is_as_the_pair(name, dtype, ways):
+    model, x = adapted(name).cuda(), torch.randn(2, 1000, 24, device="cuda")
+    m = mora_layer(model).mora_M["default"]
+    gradient = torch.randn(2, 1000, 36, device="cuda")
+
+    def computed(function):
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            result = function(x)
+        return result.float(), torch.autograd.grad(result, m, gradient.to(result.dtype))[0]
+
+    ours, theirs = computed(model), computed(lambda x: by_the_pair(model, x))
+    assert len(ways) == 1
+    bound = 1e-4 if dtype == torch.float32 else 3e-2
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() < bound * other.norm()
+
+
 @every_operator
 @pytest.mark.parametrize("tokens", [20, 2000])
 def test_autocast_around_the_backward_pass_alone_does_no_harm(name, tokens):
