@@ -349,7 +349,6 @@ def test_the_sums_of_cudas_autocast_do_no_harm(name, dtype, ways):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
 @every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_under_autocast_and_without_it_is_as_the_pair(name, dtype, ways):
