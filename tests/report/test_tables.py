@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 import pytest
-from results.made import THREE_SEEDS, record, table_records
+from results.made import THREE_SEEDS, record, searched, table_records
 from rich.console import Console
 
 from mora_repro.report import tables
@@ -64,6 +64,15 @@ def test_missing_rows_are_shown_as_missing():
     assert "Not run: 3 of 5 cells (LoRA r=4, MoRA r=4, MoRA r=32)." in tables.caption(table)
     missing = pd.read_csv(io.StringIO(tables.csv(table))).iloc[4]
     assert (missing.method, missing.n) == ("lora", 0) and math.isnan(missing["mean"]) and pd.isna(missing.records)
+
+
+def test_rows_that_have_not_searched_beside_one_that_has_are_named():
+    lora, mora = Cell("lora", 4, "uuid", "mini"), Cell("mora", 4, "uuid", "mini")
+    plain = [record(lora, 0, [20.0] * 4)]
+    assert "recipes" not in tables.caption(tables.build("2", "mini", plain))
+    caption = tables.caption(tables.build("2", "mini", [*plain, *searched(mora)]))
+    assert "At the rates of their recipes, where others have searched theirs: 1 of 5 cells (LoRA r=4)." in caption
+    assert "recipes" not in tables.caption(tables.build("2", "mini", [*searched(lora), *searched(mora)]))
 
 
 @pytest.mark.parametrize(("trainable", "marked"), [(4080, False), (3920, False), (4081, True), (3919, True)])

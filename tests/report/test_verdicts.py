@@ -1,7 +1,7 @@
 """Made-up records give each verdict, with the numbers that decide it."""
 
 import pytest
-from results.made import record
+from results.made import record, searched
 
 from mora_repro.report import verdicts
 from mora_repro.report.verdicts import Claim, judge
@@ -43,6 +43,16 @@ def test_it_cannot_tell_where_the_interval_has_zero_and_says_how_many_seeds_woul
 def test_no_number_of_seeds_is_promised_where_there_is_no_difference():
     found = verdict([10.0, 20.0], [20.0, 10.0])
     assert found.word == "cannot tell" and found.needed is None
+
+
+def test_a_cell_that_searched_its_rate_is_not_judged_against_one_that_has_not():
+    lora = [record(LORA, seed, [10.0] * 4) for seed in range(3)]
+    mora = [record(MORA, seed, [90.0] * 4) for seed in range(3)]
+    assert judge(claim(), "mini", *collect([MORA, LORA], [*mora, *lora])).word == "holds"
+    found = judge(claim(), "mini", *collect([MORA, LORA], [*searched(MORA), *lora]))
+    assert found.word == "cannot tell" and found.needed is None
+    assert "LoRA r=4, whose rate has no search behind it, unlike MoRA r=4's" in found.reason
+    assert judge(claim(), "mini", *collect([MORA, LORA], [*searched(MORA), *searched(LORA)])).reason.endswith("seed)")
 
 
 @pytest.mark.parametrize(

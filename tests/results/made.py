@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from mora_repro.results.records import Cost, Curve, Data, Environment, Evaluation, Parameters, Record
+from mora_repro.results.search import grid
 from mora_repro.spec import RunSpec, compose_config
-from mora_repro.spec.table import Cell, load_table
+from mora_repro.spec.table import FIRST_SEARCH_SEED, Cell, Setting, load_table
 
 TRAINABLE = {"fft": 700_000}  # times the rank; 1000 of the others
 NOWHERE = Environment(
@@ -49,6 +50,20 @@ def record(
         cost=Cost(wall_s=60.0, train_s=40.0, tokens_per_s=1000.0, peak_memory_mb=500.0),
         metrics=evaluations[-1].metrics,
     )
+
+
+def tried(cell: Cell, setting: Setting, score: float, status: str = "finished") -> Record:
+    """The record of a try of a search whose metric is `score` at all its evaluations."""
+    _, spec = cell.tried(setting)
+    metric = str(spec.task["metric"])
+    made = record(cell, FIRST_SEARCH_SEED, [score] * len(spec.training.evaluate_at), metric=metric)
+    return made.model_copy(update={"spec": spec, "id": spec.id, "status": status})
+
+
+def searched(cell: Cell) -> list[Record]:
+    """A whole search of a cell without further rounds, each try better than the one before, and a run at the best."""
+    tries = [tried(cell, setting, float(score)) for score, setting in enumerate(grid(cell))]
+    return [*tries, record(cell.with_settings(grid(cell)[-1]), 0, [50.0] * len(tries[0].spec.training.evaluate_at))]
 
 
 def table_records(accuracy: dict[tuple[str, int | None], Sequence[float]], scale: str = "mini") -> list[Record]:

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from results.made import record
+from results.made import record, tried
 from tiny import ROOT
 
 from mora_repro.results import search as searches
@@ -12,17 +12,10 @@ from mora_repro.results.records import Record, Store
 from mora_repro.results.search import grid, search, settled
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.spec.compose import options
-from mora_repro.spec.table import FIRST_SEARCH_SEED, Cell, Setting, load_table
+from mora_repro.spec.table import Cell, load_table
 
 LORA = Cell("lora", 4, "gsm8k", "mini")
 MORA = Cell("mora", 4, "gsm8k", "mini")
-
-
-def tried(cell: Cell, setting: Setting, score: float, status: str = "finished") -> Record:
-    """The record of a try whose metric is `score` at both its evaluations."""
-    _, spec = cell.tried(setting)
-    made = record(cell, FIRST_SEARCH_SEED, [score] * len(spec.training.evaluate_at), metric="exact_match")
-    return made.model_copy(update={"spec": spec, "id": spec.id, "status": status})
 
 
 def by_rate(cell: Cell, scores: dict[float, float]) -> list[Record]:

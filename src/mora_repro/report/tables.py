@@ -17,7 +17,7 @@ from ..spec.compose import ROOT
 from ..spec.table import Cell, Column, Row, Table, at, load_table, ranks
 
 DIFFERENCE = "ours less paper's"  # a group of columns
-MOST_NAMED = 8  # cells that have not run, in a caption; the table marks all
+MOST_NAMED = 8  # cells that have not run, or not searched, in a caption
 BUDGET_TOLERANCE = 0.02  # of LoRA's trainable parameters at the same rank
 PAPER = ROOT / "results" / "paper" / "results.yaml"
 
@@ -100,13 +100,19 @@ class View:
     @property
     def missing(self) -> list[str]:
         """The cells without a finished run."""
-        names = [
-            f"{result.cell.name} on {result.cell.task}" if self.table.task is None else result.cell.name
-            for line in self.lines
-            for result in line.results
-            if not result.records
-        ]
-        return list(dict.fromkeys(names))
+        results = [result for line in self.lines for result in line.results if not result.records]
+        return list(dict.fromkeys(self._called(result) for result in results))
+
+    @property
+    def unsearched(self) -> list[str]:
+        """The cells that ran at the rates of their recipes beside such that have searched theirs."""
+        results = [result for line in self.lines for result in line.results if result.records]
+        if not any(result.searched for result in results):
+            return []
+        return list(dict.fromkeys(self._called(result) for result in results if not result.searched))
+
+    def _called(self, result: CellResult) -> str:
+        return f"{result.cell.name} on {result.cell.task}" if self.table.task is None else result.cell.name
 
     @property
     def cells(self) -> int:
@@ -325,12 +331,19 @@ def caption(view: View) -> str:
         parts.append("†: the number of trainable parameters is more than 2 % off LoRA's at the same r.")
     if view.bases > 1:
         parts.append(SEVERAL_BASES.format(view.bases))
+    if view.unsearched:
+        parts.append(f"{UNSEARCHED}: {_some(view.unsearched, view)}.")
     if view.missing:
-        names = f" ({', '.join(view.missing)})" if len(view.missing) <= MOST_NAMED else ""
-        parts.append(f"Not run: {len(view.missing)} of {view.cells} cells{names}.")
+        parts.append(f"Not run: {_some(view.missing, view)}.")
     return " ".join(parts)
 
 
+def _some(names: Sequence[str], view: View) -> str:
+    shown = f" ({', '.join(names)})" if len(names) <= MOST_NAMED else ""
+    return f"{len(names)} of {view.cells} cells{shown}"
+
+
+UNSEARCHED = "At the rates of their recipes, where others have searched theirs"
 SEVERAL_BASES = "The runs started from {} different sets of base weights, made on different machines, say."
 
 

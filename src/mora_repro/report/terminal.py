@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from .tables import SEVERAL_BASES, View, paper_title, shown, shown_paper
+from .tables import SEVERAL_BASES, UNSEARCHED, View, paper_title, shown, shown_paper
 from .verdicts import Verdict
 
 ROOMY = (
@@ -61,6 +61,8 @@ def _notes(view: View) -> str:
         notes.append("†: trainable parameters more than 2 % off LoRA's at the same r")
     if view.bases > 1:
         notes.append(SEVERAL_BASES.format(view.bases))
+    if view.unsearched:
+        notes.append(f"{UNSEARCHED.lower()}: {len(view.unsearched)} of {view.cells} cells")
     if view.missing:
         notes.append(f"not run: {len(view.missing)} of {view.cells} cells")
     return "\n".join(notes)

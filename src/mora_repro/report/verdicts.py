@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pandas as pd
@@ -64,6 +64,11 @@ class Verdict:
         return [record.id for result in (self.first, self.second) for record in result.records.values()]
 
     @property
+    def unequal(self) -> bool:
+        """One side has searched its rate, the other has not: their difference says nothing of the methods."""
+        return self.first.searched != self.second.searched
+
+    @property
     def reason(self) -> str:
         """The numbers that decide, in words."""
         first, second = self.first.cell.name, self.second.cell.name
@@ -74,6 +79,8 @@ class Verdict:
             return f"{self.first.trainable:,} in {first}, {self.second.trainable:,} in {second}"
         assert self.difference is not None
         text = f"{first} {self.difference.mean:+.2f} against {second}"
+        if self.unequal:
+            text += f", whose rate has {'no search' if self.first.searched else 'a search'} behind it, unlike {first}'s"
         low, high = self.difference.low, self.difference.high
         if self.samples:
             return f"{text} (one seed; over its samples alone {low:+.2f} to {high:+.2f})"
@@ -102,8 +109,8 @@ def judge(claim: Claim, scale: str, first: CellResult, second: CellResult) -> Ve
 
     better: holds where the difference's 95 % interval lies on the right side of 0, does not hold where it lies on the
     other. on_par: holds where the interval lies within the margin, does not hold where it lies outside. Else the seeds
-    cannot tell. One seed never can: the interval over its samples, which is given where the record has standard
-    errors, leaves out how runs differ.
+    cannot tell, and nor can they where one cell has searched its rate and the other has not. One seed never can: the
+    interval over its samples, which is given where the record has standard errors, leaves out how runs differ.
     """
     if claim.kind == "parameters":
         ours, theirs = first.trainable, second.trainable
@@ -127,7 +134,8 @@ def judge(claim: Claim, scale: str, first: CellResult, second: CellResult) -> Ve
         spread = statistics.stdev(values[0][seed] - values[1][seed] for seed in seeds)
         effect = difference.mean / spread if spread else None
         needed = _seeds_needed(claim, metric, difference.mean, spread) if word == "cannot tell" else None
-    return Verdict(claim, word, first, second, difference, samples, effect, needed)
+    found = Verdict(claim, word, first, second, difference, samples, effect, needed)
+    return replace(found, word="cannot tell", needed=None) if found.unequal else found
 
 
 def _error(metric: str, seed: int, *results: CellResult) -> float | None:

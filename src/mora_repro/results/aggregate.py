@@ -43,10 +43,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class CellResult:
-    """A cell with its finished records, by seed; none where it has not run."""
+    """A cell with its finished records, by seed; none where it has not run.
+
+    `searched`: they have the settings that a search of its own took, else those of its recipe.
+    """
 
     cell: Cell
     records: dict[int, Record]
+    searched: bool = False
 
     @property
     def trainable(self) -> int | None:
@@ -87,7 +91,8 @@ def collect(cells: Sequence[Cell], records: Sequence[Record]) -> list[CellResult
         finished = {record.id: record for record in ours if record.status == "finished"}
         seeds = sorted({record.spec.seed for record in finished.values() if record.spec.seed < FIRST_SEARCH_SEED})
         ids = {seed: taken.spec(seed).id for seed in seeds}
-        results.append(CellResult(cell, {seed: finished[id_] for seed, id_ in ids.items() if id_ in finished}))
+        own = {seed: finished[id_] for seed, id_ in ids.items() if id_ in finished}
+        results.append(CellResult(cell, own, searched=taken != cell))
     return results
 
 
