@@ -23,6 +23,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from mora_repro.results.environment import processor
+
 HERE = Path(__file__).parent
 Steps = dict[str, Callable[[], Any]]
 
@@ -45,16 +47,14 @@ def arguments(description: str) -> argparse.Namespace:
 def machine(device: str) -> dict[str, str]:
     """What the numbers were measured on."""
     if device == "cuda":
-        processor = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name()
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-        amx = ", AMX" if any("amx_bf16" in line for line in lines) else ""
-        processor = f"{model}{amx}, {torch.get_num_threads()} thread(s)"
+        amx = ", AMX" if "amx_bf16" in Path("/proc/cpuinfo").read_text() else ""
+        name = f"{processor()}{amx}, {torch.get_num_threads()} thread(s)"
     import peft
 
     return {
-        "processor": processor,
+        "processor": name,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "peft": peft.__version__,

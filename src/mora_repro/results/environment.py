@@ -37,7 +37,7 @@ def describe_environment(precision: Literal["fp32", "bf16"]) -> Environment:
         git_dirty=None if commit is None else bool(changes),
         python=platform.python_version(),
         packages={name: found for name in PACKAGES if (found := _version(name))},
-        cpu=_cpu(),
+        cpu=processor(),
         cores=os.cpu_count() or 1,
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
         processes=size(),
@@ -60,7 +60,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """The CPU's name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
