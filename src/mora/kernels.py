@@ -10,6 +10,8 @@ compressed form (sharing), or x itself, which layers of the same input share (th
     folded       x (W + delta)^T in one product: the adapter's products of the forward pass and for the gradient of x
                  cost nothing, the sum costs two passes over the weight. Only where W + delta loses no digits.
 
+The first two take dropout in: its mask is computed anew where it is needed, and its scale is multiplied into M.
+
 Which one is taken, [`mora.layer.Linear`] decides. None can be differentiated twice, forwards (`forward_ad`) or for many
 gradients at once (`is_grads_batched`); PyTorch says so in an error. Inputs are cast before, so that autocast is off
 within: it would give a sum in fp32, and a gradient another dtype than the tensors that it is added to.
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from .dropout import Mask
 from .operators import (
     Layout,
     Operator,
@@ -52,6 +56,8 @@ HALF = (torch.bfloat16, torch.float16)
 class Kernel(Protocol):
     """An operator's step on tokens in one dimension."""
 
+    keeps_input: bool  # what `keep` gives is x itself
+
     def products(self, layout: Layout) -> int:
         """Multiplications by M's entries for each token."""
 
@@ -70,6 +76,8 @@ class Kernel(Protocol):
 
 class SharingKernel:
     """y += decompress(M c) for c = compress(x); the gradient of M is (decompress^T g)^T c."""
+
+    keeps_input = False
 
     def products(self, layout: Layout) -> int:
         return layout.size**2
@@ -107,6 +115,8 @@ class BlockKernel:
     M is turned, once for each block, and the tokens are not. The gradient of M is the sum of those of the M_n, each
     turned back.
     """
+
+    keeps_input = True
 
     def __init__(
         self, matrices: Callable[[Tensor, Layout], Tensor], matrices_adjoint: Callable[[Tensor, Layout], Tensor]
@@ -222,29 +232,92 @@ def kernel_of(operator: Operator) -> Kernel | None:
     return next((kernel for known, kernel in _KERNELS if known is operator), None)
 
 
+@dataclass(frozen=True)
+class _Update:
+    """decompress(M compress(dropout(x))) of one call, on tokens in one dimension."""
+
+    kernel: Kernel
+    layout: Layout
+    mask: Mask | None
+
+    def keep(self, x_TK: Tensor) -> Tensor:
+        return self.kernel.keep(x_TK, self.layout)
+
+    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor) -> Tensor:
+        """y += the update, in place; returns what `gradients` needs of x."""
+        if self.mask is None:
+            return self.kernel.add_(y_TD, x_TK, m_RR, self.layout)
+        dropped_TK = self.mask.of(x_TK.shape, x_TK).mul_(x_TK)
+        kept = self.kernel.add_(y_TD, dropped_TK, m_RR * self.mask.scale, self.layout)
+        return x_TK if self.kernel.keeps_input else kept  # x, which other layers share, and not its copy
+
+    def gradients(
+        self, g_TD: Tensor, kept: Tensor | None, m_RR: Tensor | None, onto_TK: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of x and of M, from that of the output.
+
+        Args:
+            kept: by the forward pass; None where the gradient of M is not asked for.
+            m_RR: None where the gradient of x is not asked for.
+            onto_TK: the gradient of x is added to it in place; default: to nothing.
+        """
+        kernel, layout, mask = self.kernel, self.layout, self.mask
+        x_grad = m_grad = None
+        if mask is None:
+            if m_RR is not None:
+                x_grad = kernel.gradient_of_x(g_TD, m_RR, layout, onto_TK)
+            if kept is not None:
+                m_grad = kernel.gradient_of_m(g_TD, kept, layout)
+            return x_grad, m_grad
+        masks_input = kept is not None and kernel.keeps_input
+        mask_TK = g_TD
+        if m_RR is not None or masks_input:
+            mask_TK = mask.of((len(g_TD), layout.in_features), g_TD)
+        if m_RR is not None:
+            x_grad = kernel.gradient_of_x(g_TD, m_RR * mask.scale, layout, None)
+            x_grad = x_grad.mul_(mask_TK) if onto_TK is None else onto_TK.addcmul_(x_grad, mask_TK)
+        if kept is not None:
+            m_grad = kernel.gradient_of_m(g_TD, mask_TK.mul_(kept) if masks_input else kept, layout) * mask.scale
+        return x_grad, m_grad
+
+
 def add_update(
-    base_BD: Tensor, x_BK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout, in_place: bool
+    base_BD: Tensor,
+    x_BK: Tensor,
+    m_RR: Tensor,
+    operator: Operator,
+    layout: Layout,
+    in_place: bool,
+    mask: Mask | None = None,
 ) -> Tensor:
-    """base + decompress(M compress(x)), all three of one dtype.
+    """base + decompress(M compress(dropout(x))), all three of one dtype.
 
     Args:
         operator: one with a kernel.
         in_place: the base's output is changed and returned. Only for an output that nobody else reads.
+        mask: of the dropout; default: none.
     """
-    return _AddUpdate.apply(base_BD, x_BK, m_RR, operator, layout, in_place)
+    return _AddUpdate.apply(base_BD, x_BK, m_RR, operator, layout, in_place, mask)
 
 
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, base_BD: Tensor, x_BK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout, in_place: bool
+        ctx: Any,
+        base_BD: Tensor,
+        x_BK: Tensor,
+        m_RR: Tensor,
+        operator: Operator,
+        layout: Layout,
+        in_place: bool,
+        mask: Mask | None,
     ) -> Tensor:
-        ctx.kernel, ctx.layout, ctx.shape = kernel_of(operator), layout, x_BK.shape
+        ctx.update, ctx.shape = _Update(_kernel(operator), layout, mask), x_BK.shape
         if in_place:
             ctx.mark_dirty(base_BD)
         y_BD = base_BD if in_place else base_BD.clone(memory_format=torch.contiguous_format)
         with _as_it_is(x_BK):
-            kept = ctx.kernel.add_(y_BD.view(-1, layout.out_features), _in_one(x_BK), m_RR, layout)
+            kept = ctx.update.add_(y_BD.view(-1, layout.out_features), _in_one(x_BK), m_RR)
         ctx.save_for_backward(kept if ctx.needs_input_grad[2] else None, m_RR if ctx.needs_input_grad[1] else None)
         return y_BD
 
@@ -252,27 +325,31 @@ class _AddUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
         kept, m_RR = ctx.saved_tensors
-        g_TD = _in_one(g_BD)
-        x_grad = m_grad = None
         with _as_it_is(g_BD):
-            if ctx.needs_input_grad[1]:
-                x_grad = ctx.kernel.gradient_of_x(g_TD, m_RR, ctx.layout, None).view(ctx.shape)
-            if ctx.needs_input_grad[2]:
-                m_grad = ctx.kernel.gradient_of_m(g_TD, kept, ctx.layout)
-        return g_BD, x_grad, m_grad, None, None, None
+            x_grad, m_grad = ctx.update.gradients(_in_one(g_BD), kept, m_RR, None)
+        return g_BD, None if x_grad is None else x_grad.view(ctx.shape), m_grad, None, None, None, None
 
 
 def with_base(
-    x_BK: Tensor, weight_DK: Tensor, bias_D: Tensor | None, m_RR: Tensor, operator: Operator, layout: Layout, fold: bool
+    x_BK: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    m_RR: Tensor,
+    operator: Operator,
+    layout: Layout,
+    fold: bool,
+    mask: Mask | None = None,
 ) -> Tensor:
-    """W x + b + decompress(M compress(x)), for a frozen W and b; all of one dtype.
+    """W x + b + decompress(M compress(dropout(x))), for a frozen W and b; all of one dtype.
 
     Args:
         operator: one with a kernel.
         fold: x (W + delta(M))^T + b in one product. The sum is built for the forward pass and again for the backward
-            pass, and not kept between them.
+            pass, and not kept between them. Not with dropout, which the base's input does not have.
+        mask: of the dropout; default: none.
     """
-    return _WithBase.apply(x_BK, weight_DK, bias_D, m_RR, operator, layout, fold)
+    assert not (fold and mask), "with dropout, base and update have different inputs"
+    return _WithBase.apply(x_BK, weight_DK, bias_D, m_RR, operator, layout, fold, mask)
 
 
 class _WithBase(torch.autograd.Function):
@@ -286,17 +363,17 @@ class _WithBase(torch.autograd.Function):
         operator: Operator,
         layout: Layout,
         fold: bool,
+        mask: Mask | None,
     ) -> Tensor:
         ctx.operator, ctx.layout, ctx.fold = operator, layout, fold
-        kernel, x_TK = kernel_of(operator), _in_one(x_BK)
-        assert kernel is not None
+        ctx.update, x_TK = _Update(_kernel(operator), layout, mask), _in_one(x_BK)
         with _as_it_is(x_BK):
             if fold:
-                kept = kernel.keep(x_TK, layout) if ctx.needs_input_grad[3] else None
+                kept = ctx.update.keep(x_TK) if ctx.needs_input_grad[3] else None
                 y_BD = linear(x_BK, _folded(weight_DK, m_RR, operator, layout), bias_D)
             else:
                 y_BD = linear(x_BK, weight_DK, bias_D)
-                kept = kernel.add_(y_BD.view(-1, layout.out_features), x_TK, m_RR, layout)
+                kept = ctx.update.add_(y_BD.view(-1, layout.out_features), x_TK, m_RR)
         ctx.save_for_backward(
             kept if ctx.needs_input_grad[3] else None, weight_DK, m_RR if ctx.needs_input_grad[0] else None
         )
@@ -306,18 +383,24 @@ class _WithBase(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_BD: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight_DK, m_RR = ctx.saved_tensors
-        kernel, layout, g_TD = kernel_of(ctx.operator), ctx.layout, _in_one(g_BD)
-        assert kernel is not None
         x_grad = m_grad = None
         with _as_it_is(g_BD):
-            if ctx.needs_input_grad[0] and ctx.fold:
-                x_grad = g_BD @ _folded(weight_DK, m_RR, ctx.operator, layout)
-            elif ctx.needs_input_grad[0]:
-                x_grad = g_BD @ weight_DK
-                kernel.gradient_of_x(g_TD, m_RR, layout, x_grad.view(-1, layout.in_features))
-            if ctx.needs_input_grad[3]:
-                m_grad = kernel.gradient_of_m(g_TD, kept, layout)
-        return x_grad, None, None, m_grad, None, None, None
+            if not ctx.fold:
+                x_grad = g_BD @ weight_DK if ctx.needs_input_grad[0] else None
+                onto_TK = None if x_grad is None else _in_one(x_grad)
+                _, m_grad = ctx.update.gradients(_in_one(g_BD), kept, m_RR, onto_TK)
+            else:
+                if ctx.needs_input_grad[0]:
+                    x_grad = g_BD @ _folded(weight_DK, m_RR, ctx.operator, ctx.layout)
+                if kept is not None:
+                    _, m_grad = ctx.update.gradients(_in_one(g_BD), kept, None, None)
+        return x_grad, None, None, m_grad, None, None, None, None
+
+
+def _kernel(operator: Operator) -> Kernel:
+    kernel = kernel_of(operator)
+    assert kernel is not None
+    return kernel
 
 
 def _folded(weight_DK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout) -> Tensor:

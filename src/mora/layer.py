@@ -20,6 +20,7 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 from transformers.pytorch_utils import Conv1D
 
 from .config import MoraConfig
+from .dropout import Mask
 from .kernels import add_update, kernel_of, with_base
 from .operators import Grouping, Layout, Operator, get_operator
 
@@ -223,12 +224,20 @@ class MoraLayer(BaseTunerLayer):
             return result_BD + self.mora_update(x_BK, adapter)
         if _under_autocast(x_BK) and m_RR.dtype != torch.float64:  # as in the products of the pure functions
             dtype = torch.get_autocast_dtype(x_BK.device.type)
-            x_BK, m_RR = self.mora_dropout[adapter](x_BK.to(dtype)), m_RR.to(dtype)
+            x_BK, m_RR = x_BK.to(dtype), m_RR.to(dtype)
         else:
-            x_BK = self._adapter_input(x_BK, adapter)
+            x_BK = self._cast_input_dtype(x_BK, m_RR.dtype)
         if not result_BD.dtype == x_BK.dtype == m_RR.dtype:
-            return result_BD + operator(x_BK, m_RR, layout)
-        return add_update(result_BD, x_BK, m_RR, operator, layout, in_place and result_BD.is_contiguous())
+            return result_BD + operator(self.mora_dropout[adapter](x_BK), m_RR, layout)
+        x_BK, mask = self._dropped(x_BK, adapter)
+        return add_update(result_BD, x_BK, m_RR, operator, layout, in_place and result_BD.is_contiguous(), mask)
+
+    def _dropped(self, x_BK: Tensor, adapter: str) -> tuple[Tensor, Mask | None]:
+        """x after dropout; or x as it is, and the mask that kernels.py drops it by."""
+        dropout = self.mora_dropout[adapter]
+        if _has_mask(dropout, x_BK):
+            return x_BK, Mask.drawn(dropout.p)
+        return dropout(x_BK), None
 
     def _parts(self, adapter: str) -> tuple[Operator, Layout, Tensor]:
         return get_operator(self.mora_operator[adapter]), self.mora_layout[adapter], self.mora_M[adapter]
@@ -348,8 +357,9 @@ class Linear(nn.Module, MoraLayer):
             # rounds its factors to fewer digits, the sum would lose small updates.
             kernel = kernel_of(operator)
             pays = kernel is not None and _tokens(x) * kernel.products(layout) >= FOLD * base_layer.weight.numel()
-            fold = pays and _products_are_exact(x.dtype)
-            return with_base(x, base_layer.weight, base_layer.bias, m_RR, operator, layout, fold)
+            x, mask = self._dropped(x, adapter)
+            fold = pays and mask is None and _products_are_exact(x.dtype)
+            return with_base(x, base_layer.weight, base_layer.bias, m_RR, operator, layout, fold, mask)
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
@@ -377,18 +387,10 @@ class Linear(nn.Module, MoraLayer):
 
     def _base_is_plain(self) -> bool:
         """The base layer is a Linear that computes what its weight says and whose output nobody else has seen."""
-        base = self.base_layer
-        return type(base) is nn.Linear and not (
-            "forward" in vars(base)  # wrapped, as accelerate does
-            or base._forward_hooks
-            or base._forward_pre_hooks  # DeepSpeed's ZeRO 3 gathers the weight there
-            or base._backward_hooks
-            or base._backward_pre_hooks
-            or _has_any_global_hook()
-        )
+        return _is_plain(self.base_layer, nn.Linear)
 
     def _joins_base(self, x_BK: Tensor) -> str | None:
-        """The adapter that can be computed in one function with a plain base: the only active one, without dropout."""
+        """The adapter that can be computed in one function with a plain base: the only active one."""
         adapters = [adapter for adapter in self.active_adapters if adapter in self.mora_M]
         if self.merged or len(adapters) != 1 or adapters[0] in self.mora_magnitude:
             return None
@@ -398,7 +400,7 @@ class Linear(nn.Module, MoraLayer):
         joins = (
             not base.weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
-            and (isinstance(dropout, nn.Identity) or not dropout.training)
+            and (isinstance(dropout, nn.Identity) or not dropout.training or _has_mask(dropout, x_BK))
             and m_RR.dtype == base.weight.dtype == x_BK.dtype
             and not _under_autocast(x_BK)
             and _has_kernel(operator, layout, x_BK, m_RR, base.weight)
@@ -424,6 +426,26 @@ class Linear(nn.Module, MoraLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Of that very kind, so that nothing but its own `forward` happens where it is called."""
+    return type(module) is kind and not (
+        "forward" in vars(module)  # wrapped, as accelerate does
+        or module._forward_hooks
+        or module._forward_pre_hooks  # DeepSpeed's ZeRO 3 gathers the weight there
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def _has_mask(dropout: nn.Module, x_BK: Tensor) -> bool:
+    """Whether dropout.py serves for this dropout: on a CPU. On a GPU, PyTorch's own is one pass, and its mask small.
+
+    The meta device, where memory is planned, is a CPU here.
+    """
+    return _is_plain(dropout, nn.Dropout) and dropout.training and x_BK.device.type in ("cpu", "meta")
 
 
 def _tokens(x_BK: Tensor) -> int:

@@ -18,17 +18,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mora import Layout, MoraConfig, MoraLayer, get_operator, kernels, layer, register_operator
+from mora.dropout import Mask
 from mora.kernels import add_update, with_base
 
 OPERATORS = ["sharing", "decoupling", "rotation"]
 GROUPINGS = ["strided", "blocked"]
 WAYS = {
-    "added": lambda x, w, b, m, op, layout: add_update(linear(x, w, b), x, m, op, layout, False),
-    "added in place": lambda x, w, b, m, op, layout: add_update(linear(x, w, b), x, m, op, layout, True),
-    "with the base": lambda x, w, b, m, op, layout: with_base(x, w, b, m, op, layout, False),
+    "added": lambda x, w, b, m, op, layout, mask=None: add_update(linear(x, w, b), x, m, op, layout, False, mask),
+    "added in place": lambda x, w, b, m, op, layout, mask=None: add_update(
+        linear(x, w, b), x, m, op, layout, True, mask
+    ),
+    "with the base": lambda x, w, b, m, op, layout, mask=None: with_base(x, w, b, m, op, layout, False, mask),
     "folded": lambda x, w, b, m, op, layout: with_base(x, w, b, m, op, layout, True),
 }
 every_way = pytest.mark.parametrize("way", WAYS)
+every_way_but_folded = pytest.mark.parametrize("way", [way for way in WAYS if way != "folded"])
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -50,19 +54,27 @@ def cases(draw, largest=30, batches=((), (3,), (0,), (2, 3), (2, 1, 4), (150,), 
     return name, layout, random(*draw(st.sampled_from(batches)), k), random(d, k), bias, random(size, size)
 
 
-@every_way
+def dropped(x, mask):
+    return x if mask is None else x * mask.of(x.shape, x) * mask.scale
+
+
+@pytest.mark.parametrize(
+    ("way", "p"), [*((way, 0.0) for way in WAYS), *((way, 0.4) for way in WAYS if way != "folded")]
+)
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(cases())
-def test_value_and_gradients_are_those_of_the_equation(way, case):
+def test_value_and_gradients_are_those_of_the_equation(way, p, case):
     name, layout, x, weight, bias, m = case
+    with_mask = (Mask(x.numel(), p),) if p else ()
     x.requires_grad_()
     m.requires_grad_()
     units = torch.eye(layout.size**2, dtype=m.dtype).unflatten(1, m.shape)
     groupings = (layout.in_grouping, layout.out_grouping)
     sides = layout.in_features, layout.out_features
     basis = torch.stack([dense.delta_weight(name, unit, *sides, groupings) for unit in units])
-    expected = linear(x, weight + torch.einsum("e,edk->dk", m.flatten(), basis), bias)
-    result = WAYS[way](x, weight, bias, m, get_operator(name), layout)
+    delta = torch.einsum("e,edk->dk", m.flatten(), basis)
+    expected = linear(x, weight, bias) + linear(dropped(x, *with_mask) if p else x, delta)
+    result = WAYS[way](x, weight, bias, m, get_operator(name), layout, *with_mask)
     gradient = torch.randn_like(expected)
     theirs = torch.autograd.grad(expected, (x, m), gradient)
     # Rotation's angles are computed in single precision, as the authors' code does.
@@ -124,11 +136,13 @@ def test_a_second_derivative_is_refused_in_words(way):
         first.sum().backward()
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "folded"])
+@every_way_but_folded
 @every_operator
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("k", "d", "size"), [(64, 64, 16), (64, 176, 20), (176, 64, 20), (50, 50, 48)])
-def test_bf16_is_about_as_near_to_the_truth_as_the_dense_form(way, name, k, d, size):
+def test_bf16_is_about_as_near_to_the_truth_as_the_dense_form(way, name, k, d, size, p):
     layout, operator = Layout(k, d, size), get_operator(name)
+    mask = Mask(9, p) if p else None
     x, gradient = torch.randn(700, k).bfloat16(), torch.randn(700, d).bfloat16()
     weight, m = (torch.randn(d, k) / k**0.5).bfloat16(), (torch.randn(size, size) / (3 * k**0.5)).bfloat16()
 
@@ -138,18 +152,19 @@ def test_bf16_is_about_as_near_to_the_truth_as_the_dense_form(way, name, k, d, s
         return result, *torch.autograd.grad(result, (x_, m_), gradient.to(dtype))
 
     def dense_form(x, weight, m):
-        return linear(x, weight) + linear(x, operator.dense(m, layout))
+        return linear(x, weight) + linear(dropped(x, mask), operator.dense(m, layout))
 
     truth = computed(dense_form, torch.float64)
     theirs = computed(dense_form, torch.bfloat16)
-    ours = computed(lambda x, w, m: WAYS[way](x, w, None, m, operator, layout), torch.bfloat16)
+    ours = computed(lambda x, w, m: WAYS[way](x, w, None, m, operator, layout, mask), torch.bfloat16)
     # Value, gradient of x, gradient of M. Some sums and the parts that wrap around are rounded twice.
     for mine, other, true, bound in zip(ours, theirs, truth, (1.1, 1.25, 1.5), strict=True):
         assert (mine - true).norm() <= bound * (other - true).norm()
 
 
 @every_operator
-def test_what_is_kept_for_the_backward_pass_is_small_or_shared(name):
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_what_is_kept_for_the_backward_pass_is_small_or_shared(name, p):
     saved = {}
 
     def pack(tensor):
@@ -157,7 +172,7 @@ def test_what_is_kept_for_the_backward_pass_is_small_or_shared(name):
         return tensor
 
     base = nn.Linear(64, 48, bias=False).requires_grad_(False)
-    module = get_peft_model(nn.Sequential(base), MoraConfig(r=2, operator=name, target_modules=["0"]))
+    module = get_peft_model(nn.Sequential(base), MoraConfig(r=2, operator=name, dropout=p, target_modules=["0"]))
     x = torch.randn(100, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = module(x)
@@ -191,7 +206,7 @@ def ways(monkeypatch):
         function = getattr(kernels, name)
 
         def called(*arguments):
-            fold = name == "with_base" and arguments[-1]
+            fold = name == "with_base" and arguments[6]
             taken.append("folded" if fold else name)
             return function(*arguments)
 
@@ -206,9 +221,9 @@ def mora_layer(model) -> MoraLayer:
     return next(module for module in model.modules() if isinstance(module, MoraLayer))
 
 
-def by_the_pair(model, x, dropped=None):
+def by_the_pair(model, x):
     module = mora_layer(model)
-    return module.base_layer(x) + module.mora_update(x if dropped is None else dropped, "default")
+    return module.base_layer(x) + module.mora_update(x, "default")
 
 
 @every_operator
@@ -237,7 +252,7 @@ def test_what_is_not_folded_or_not_joined(ways):
     two.add_adapter("other", MoraConfig(r=3, target_modules=["0"]))
     two.base_model.set_adapter(["default", "other"])
     two(x)
-    assert ways == ["with_base", "add_update", "add_update", "folded", "add_update", "add_update", "add_update"]
+    assert ways == ["with_base", "add_update", "with_base", "folded", "add_update", "add_update", "add_update"]
 
 
 def test_few_tokens_and_mixed_dtypes_take_the_pair(ways):
@@ -273,14 +288,23 @@ def test_a_hook_on_the_base_sees_and_keeps_the_bases_own_output(ways):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_dropout_acts_on_the_updates_input_alone(name, dropout, ways):
     model, x = adapted(name, dropout), torch.randn(40, 24, requires_grad=True)
-    gradient = torch.randn(40, 36)
+    module, gradient = mora_layer(model), torch.randn(40, 36)
     torch.manual_seed(5)
-    ours = torch.autograd.grad(model(x), [x, mora_layer(model).mora_M["default"]], gradient)
+    ours = torch.autograd.grad(model(x), [x, module.mora_M["default"]], gradient)
     torch.manual_seed(5)
-    theirs = torch.autograd.grad(by_the_pair(model, x), [x, mora_layer(model).mora_M["default"]], gradient)
-    for mine, other in zip(ours, theirs, strict=True):
+    mask = Mask.drawn(dropout) if dropout else None
+    module.mora_dropout.eval()
+    expected = module.base_layer(x) + module.mora_update(dropped(x, mask), "default")
+    for mine, other in zip(ours, torch.autograd.grad(expected, [x, module.mora_M["default"]], gradient), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
-    assert ways == ["add_update" if dropout else "with_base"]
+    assert ways == ["with_base"]
+
+
+def test_a_hook_on_the_dropout_sees_what_it_drops(ways):
+    model, x, seen = adapted(dropout=0.5), torch.randn(40, 24), []
+    mora_layer(model).mora_dropout["default"].register_forward_hook(lambda module, args, output: seen.append(output))
+    model(x)
+    assert ways == ["add_update"] and 0.3 < (seen[0] == 0).float().mean() < 0.7
 
 
 @every_operator
@@ -296,9 +320,9 @@ def test_autocast_gives_the_gradients_of_the_pair_in_bf16(name, ways):
     assert mine.dtype == torch.float32 and (mine - other).norm() < 1e-2 * other.norm()
 
 
-@pytest.mark.parametrize(("dropout", "taken"), [(0.0, "with_base"), (0.3, "add_update")])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_recomputes_the_same(reentrant, dropout, taken, ways):
+def test_checkpointing_recomputes_the_same(reentrant, dropout, ways):
     def gradient(checkpointing: bool) -> torch.Tensor:
         torch.manual_seed(0)
         config = MoraConfig(r=3, init_weights=False, dropout=dropout, **LLAMA.config)
@@ -311,7 +335,7 @@ def test_checkpointing_recomputes_the_same(reentrant, dropout, taken, ways):
         return mora_layer(model).mora_M["default"].grad
 
     torch.testing.assert_close(gradient(True), gradient(False))
-    assert set(ways) == {taken}
+    assert set(ways) == {"with_base"}
 
 
 def test_checkpointing_that_keeps_products_takes_the_pair(ways):
