@@ -9,13 +9,13 @@ from mora_repro.spec import RunSpec, compose_config
 
 
 @pytest.mark.slow
-def test_a_run_finds_what_was_prepared_and_samples_are_shown(command, tmp_path):
-    done = command("scripts/prepare.py", *TINY, "show=2", f"out={tmp_path}")
+def test_a_run_finds_what_was_prepared_and_samples_are_shown(command_here, tmp_path):
+    done = command_here("scripts/prepare.py", *TINY, "show=2", f"out={tmp_path}")
     assert done.stdout.count(":>>") == 2 and done.stdout.count("</s><<") == 2
     assert "prepared 12 samples, 888 tokens" in done.stderr and "tokens/s" in done.stderr
     assert "resident memory" in done.stderr
-    assert "prepared" not in command("scripts/prepare.py", *TINY, f"out={tmp_path}").stderr
-    run = command("train.py", "method=fft", *TINY, f"out={tmp_path}")
+    assert "prepared" not in command_here("scripts/prepare.py", *TINY, f"out={tmp_path}").stderr
+    run = command_here("train.py", "method=fft", *TINY, f"out={tmp_path}")
     assert "prepared" not in run.stderr and "12 samples, 888 tokens" in run.stderr
 
 
@@ -28,8 +28,8 @@ def test_a_run_finds_what_was_prepared_and_samples_are_shown(command, tmp_path):
         ("task=uuids", "Did you mean uuid"),
     ],
 )
-def test_a_mistake_is_said_in_a_line(command, tmp_path, override, said):
-    done = command("scripts/prepare.py", "scale=mini", override, f"out={tmp_path}", check=False)
+def test_a_mistake_is_said_in_a_line(command_here, tmp_path, override, said):
+    done = command_here("scripts/prepare.py", "scale=mini", override, f"out={tmp_path}", check=False)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 

@@ -43,10 +43,10 @@ def only_file(out: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fft", "mora"])
-def test_a_runs_weights_score_what_the_run_did(command, tmp_path, method):
-    command("train.py", f"method={method}", *TINY, f"out={tmp_path}")
+def test_a_runs_weights_score_what_the_run_did(command_here, tmp_path, method):
+    command_here("train.py", f"method={method}", *TINY, f"out={tmp_path}")
     [record] = Store(tmp_path).load_all()[0]
-    done = command("scripts/evaluate.py", f"run={record.id}", f"out={tmp_path}")
+    done = command_here("scripts/evaluate.py", f"run={record.id}", f"out={tmp_path}")
     assert "char_accuracy" in done.stdout and "12 *" in done.stdout and "fewer than 30 samples" in done.stdout
     evaluated = json.loads(only_file(tmp_path).read_text())
     assert evaluated["metrics"] == record.metrics
@@ -56,17 +56,17 @@ def test_a_runs_weights_score_what_the_run_did(command, tmp_path, method):
 
 
 @pytest.mark.slow
-def test_a_model_is_scored_by_columns_of_the_paper_once(command, tmp_path, model):
+def test_a_model_is_scored_by_columns_of_the_paper_once(command_here, tmp_path, model):
     data = [f"data.{name}={EXAMPLES / name}" for name in KNOWN]
     asked = ["scripts/evaluate.py", f"model={model}", f"tasks=[{','.join(KNOWN)}]", *data, f"out={tmp_path}"]
-    first = command(*asked)
+    first = command_here(*asked)
     assert "Traceback" not in first.stderr and "it/s" not in first.stderr
     evaluated = json.loads(only_file(tmp_path).read_text())
     assert len(evaluated["metrics"]) == 11 and len(evaluated["content"]) == 11
     only_file(tmp_path).write_text(json.dumps(evaluated | {"metrics": {"marked": 1.0}}))
-    again = command(*asked)
+    again = command_here(*asked)
     assert "was evaluated on" in again.stderr and "marked" in again.stdout
-    assert "marked" not in command(*asked, "rerun=true").stdout
+    assert "marked" not in command_here(*asked, "rerun=true").stdout
     assert {path.name for path in (tmp_path / "evaluations").iterdir()} == {
         only_file(tmp_path).name,
         only_file(tmp_path).with_suffix(".samples.jsonl.gz").name,
@@ -85,7 +85,7 @@ def test_a_task_asks_what_a_run_of_it_asks():
 
 
 @pytest.mark.slow
-def test_what_can_not_be_scored_is_said_without_a_traceback(command, tmp_path, model):
+def test_what_can_not_be_scored_is_said_without_a_traceback(command_here, tmp_path, model):
     rct = [f"model={model}", "tasks=[rct]", f"data.rct={EXAMPLES / 'rct'}"]
     for arguments, said in [
         ([], "name what is scored: a run"),
@@ -98,6 +98,6 @@ def test_what_can_not_be_scored_is_said_without_a_traceback(command, tmp_path, m
         ([*rct, "data.mmlu=a"], "error: data.mmlu=a would not be read"),
         (["model=/nowhere", "tasks=[rct]", f"data.rct={EXAMPLES / 'rct'}"], "/nowhere"),
     ]:
-        done = command("scripts/evaluate.py", *arguments, f"out={tmp_path / 'out'}", check=False)
+        done = command_here("scripts/evaluate.py", *arguments, f"out={tmp_path / 'out'}", check=False)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, arguments
     assert not (tmp_path / "out" / "evaluations").exists()

@@ -236,7 +236,7 @@ class MoraLayer(BaseTunerLayer):
         """x after dropout; or x as it is, and the mask that kernels.py drops it by."""
         dropout = self.mora_dropout[adapter]
         if _has_mask(dropout, x_BK):
-            return x_BK, Mask.drawn(dropout.p)
+            return x_BK, Mask.drawn(cast(nn.Dropout, dropout).p)
         return dropout(x_BK), None
 
     def _parts(self, adapter: str) -> tuple[Operator, Layout, Tensor]:

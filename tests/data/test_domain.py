@@ -306,10 +306,10 @@ def test_any_text_serves_as_a_corpus():
 
 @pytest.mark.slow
 @BOTH
-def test_a_tiny_run_reaches_its_record(command, tmp_path, name):
+def test_a_tiny_run_reaches_its_record(command_here, tmp_path, name):
     tiny = [override for override in TINY if not override.startswith(("task=", "task."))]
     arguments = ["train.py", "method=mora", f"task={name}", "r=4", *tiny, "training.max_length=64", "task.tellings=1"]
-    command(*arguments, "training.steps=8", "eval.limit=40", f"out={tmp_path}")
+    command_here(*arguments, "training.steps=8", "eval.limit=40", f"out={tmp_path}")
     [path] = (tmp_path / "runs").glob("*.json")
     record = json.loads(path.read_text())
     assert set(record["metrics"]) == set(ASKED)

@@ -234,9 +234,9 @@ def test_real_gsm8k_is_read_and_every_gold_answer_is_scored_right():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K files are not beside this checkout")
-def test_a_run_on_real_gsm8k_reaches_its_record(command, tmp_path):
+def test_a_run_on_real_gsm8k_reaches_its_record(command_here, tmp_path):
     tiny = [override for override in TINY if not override.startswith(("task=", "task."))]
     arguments = ["train.py", "method=mora", "task=gsm8k", "r=4", *tiny, f"task.data={REAL}", "task.test_limit=4"]
-    command(*arguments, "task.train_limit=50", f"out={tmp_path}")
+    command_here(*arguments, "task.train_limit=50", f"out={tmp_path}")
     [record] = (tmp_path / "runs").glob("*.json")
     assert set(json.loads(record.read_text())["metrics"]) == {"exact_match"}

@@ -200,10 +200,10 @@ def test_a_corpus_is_measured_by_mmlu_with_no_and_five_examples(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tiny_run_reaches_its_record_with_a_standard_error(command, tmp_path):
+def test_a_tiny_run_reaches_its_record_with_a_standard_error(command_here, tmp_path):
     tiny = [override for override in TINY if not override.startswith(("task=", "task."))]
     small = ["task.train_limit=48", "task.test_limit=40", f"out={tmp_path}"]
-    command("train.py", "method=mora", "r=4", "task=instruct", *tiny, *small)
+    command_here("train.py", "method=mora", "r=4", "task=instruct", *tiny, *small)
     record = only_record(tmp_path)
     assert set(record.metrics) == {"choices"} and record.evaluations[-1].counts == {"choices": 40}
     assert record.evaluations[-1].stderr["choices"] > 0

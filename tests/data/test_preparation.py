@@ -263,11 +263,11 @@ def test_two_commands_at_once_prepare_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sample_longer_than_the_models_positions_is_an_error_before_all_training(command, tmp_path):
+def test_a_sample_longer_than_the_models_positions_is_an_error_before_all_training(command_here, tmp_path):
     arguments = ["train.py", "method=lora", *TINY, "model.architecture.max_position_embeddings=50"]
-    done = command(*arguments, f"out={tmp_path}", check=False)
+    done = command_here(*arguments, f"out={tmp_path}", check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "samples of 74 tokens" in done.stderr and "training.max_length=50" in done.stderr
     assert not list(tmp_path.glob("work/*/checkpoints"))
-    done = command(*arguments[:1], "method=prompt_tuning", "r=3", *arguments[2:], f"out={tmp_path}", check=False)
+    done = command_here(*arguments[:1], "method=prompt_tuning", "r=3", *arguments[2:], f"out={tmp_path}", check=False)
     assert "beside 3 virtual tokens" in done.stderr and "training.max_length=47" in done.stderr

@@ -176,11 +176,11 @@ def test_beside_an_adapter_embeddings_norms_and_head_are_trained_at_their_own_ra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["relora", "remora"])
-def test_a_run_with_merges_is_saved_whole_and_is_the_same_again(command, tmp_path, method):
+def test_a_run_with_merges_is_saved_whole_and_is_the_same_again(command_here, tmp_path, method):
     merges = [f"method={method}", "r=2", "method.merge.every=5", "method.merge.restart_warmup=1", "lr=1e-2"]
     plain = [override for override in SMALL if not override.startswith(("training.schedule", "training.decay"))]
     for out in ("one", "two"):
-        command("train.py", *plain, *merges, f"out={tmp_path / out}")
+        command_here("train.py", *plain, *merges, f"out={tmp_path / out}")
     assert_same_run(tmp_path / "one", tmp_path / "two")
     record = only_record(tmp_path / "one")
     assert record.evaluations[-1].stderr["perplexity"] > 0
@@ -197,7 +197,7 @@ def test_a_run_with_merges_is_saved_whole_and_is_the_same_again(command, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real WikiText files are not beside this checkout")
-def test_a_run_on_real_wikitext_reaches_its_record(command, tmp_path):
+def test_a_run_on_real_wikitext_reaches_its_record(command_here, tmp_path):
     steps = ["training.steps=4", "training.warmup_steps=1", "training.evaluate_at=[]"]
-    command("train.py", "method=lora", "r=2", *SMALL, f"task.data={REAL}", *steps, f"out={tmp_path}")
+    command_here("train.py", "method=lora", "r=2", *SMALL, f"task.data={REAL}", *steps, f"out={tmp_path}")
     assert torch.isfinite(torch.tensor(only_record(tmp_path).metrics["perplexity"]))

@@ -325,11 +325,11 @@ def test_virtual_tokens_take_positions(method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in options("method") if name not in ("fft", "peft")])
-def test_a_whole_run_learns_generates_and_can_be_loaded(command, tmp_path, method):
+def test_a_whole_run_learns_generates_and_can_be_loaded(command_here, tmp_path, method):
     merges = ["method.merge.every=10", "method.merge.restart_warmup=2"]
     merging = method in ("relora", "remora", "periodic_lora")
     arguments = [f"method={method}", "r=2", *TINY, "training.steps=30", *(merges if merging else [])]
-    command("train.py", *arguments, f"out={tmp_path}")
+    command_here("train.py", *arguments, f"out={tmp_path}")
     [record] = Store(tmp_path).load_all()[0]
     # By epochs of three steps, since batches differ by more than some methods learn on random weights.
     assert sum(record.curve.loss[-3:]) < sum(record.curve.loss[:3])

@@ -84,7 +84,7 @@ def test_a_finished_run_says_so_and_stops_and_rerun_runs_it_again(command_here, 
 @pytest.mark.parametrize(
     ("method", "number"), [("mora", signal.SIGINT), ("fft", signal.SIGTERM), ("lora", signal.SIGKILL)]
 )
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command, command_here, tmp_path, method, number):
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command_here, tmp_path, method, number):
     steps = ["training.steps=40", "training.evaluate_at=[12,24]"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command_here("train.py", f"method={method}", *TINY, *steps, f"out={whole}")
@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command, command_
         torn = cut / "work" / run_id / "checkpoints" / "checkpoint-39"
         torn.mkdir()
         (torn / "trainer_state.json").write_text("{")
-    command("train.py", f"method={method}", *TINY, *steps, f"out={cut}")
+    command_here("train.py", f"method={method}", *TINY, *steps, f"out={cut}")
     assert_same_run(whole, cut)
 
 
@@ -117,9 +117,7 @@ def last_step(checkpoints: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_run_stopped_while_it_saves_its_weights_does_not_train_a_step_too_many(
-    command, command_here, tmp_path, monkeypatch
-):
+def test_a_run_stopped_while_it_saves_its_weights_does_not_train_a_step_too_many(command_here, tmp_path, monkeypatch):
     # 12 samples in batches of 4: the last step is in the middle of an epoch.
     arguments = ["method=lora", *TINY, "training.steps=11", "training.evaluate_at=[6]", "training.save_every=11"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -134,7 +132,7 @@ def test_a_run_stopped_while_it_saves_its_weights_does_not_train_a_step_too_many
         with pytest.raises(KeyboardInterrupt):
             run(spec, Options(out=str(cut)))
     assert store.load(spec.id) is None and not (store.work(spec.id) / "model").exists()
-    command("train.py", *arguments, f"out={cut}")
+    command_here("train.py", *arguments, f"out={cut}")
     assert_same_run(whole, cut)
 
 
@@ -147,11 +145,11 @@ def test_a_run_stopped_while_it_saves_its_weights_does_not_train_a_step_too_many
         ("method.peft.lora_alpha=abc", "lora_alpha='abc'"),
     ],
 )
-def test_a_mistake_is_said_before_the_base_is_trained(command, tmp_path, override, said):
+def test_a_mistake_is_said_before_the_base_is_trained(command_here, tmp_path, override, said):
     (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "1"}\n')
     out = tmp_path / "out"
     arguments = ["method=lora", "task=gsm8k", "scale=mini", override.format(folder=tmp_path), f"out={out}"]
-    done = command("train.py", *arguments, check=False)
+    done = command_here("train.py", *arguments, check=False)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert not list(out.glob("work/*base*"))
 
@@ -236,12 +234,12 @@ def mounted(folder: Path, options: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "said"), [("ro", "can't be written"), ("size=64k", "free"), ("size=24k", "full")])
-def test_an_output_folder_that_cannot_be_written_is_an_error_that_says_so(command, tmp_path, options, said):
+def test_an_output_folder_that_cannot_be_written_is_an_error_that_says_so(command_here, tmp_path, options, said):
     mounted(tmp_path, options)
     try:
         if said == "full":
             (tmp_path / "filler").write_bytes(b"0" * 20_000)
-        done = command("train.py", "method=fft", *TINY, f"out={tmp_path}", check=False)
+        done = command_here("train.py", "method=fft", *TINY, f"out={tmp_path}", check=False)
         assert done.returncode == 2 and said in done.stderr and "out=" in done.stderr
         assert "Traceback" not in done.stderr
         assert not list(tmp_path.glob("runs/.*")) and not list(tmp_path.glob("work/*/.spec*"))
