@@ -1,7 +1,6 @@
 """Run the cells of a table: `python scripts/sweep.py table=2 scale=mini seeds=3`. Keys: `--help`."""
 
 from mora_repro.spec import CONF, entry
-from mora_repro.sweep import main
 
 if __name__ == "__main__":
-    entry(CONF / "scripts" / "sweep.yaml", main)
+    entry(CONF / "scripts" / "sweep.yaml", "mora_repro.sweep")

@@ -12,6 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
+from . import imported
+
 
 def _end_with_parent(parent: int) -> None:
     """Have the kernel end this process when its parent is gone, so that a kill leaves no worker (Linux)."""
@@ -39,14 +41,14 @@ def main() -> int:
 
     interrupts_by_every_signal()
     path = Path(_own(sys.argv[1:]))
+    start = imported("mora_repro.start")  # takes seconds
     from .spec.options import RunFile
-    from .start import as_launched, as_one_of_many, show_warnings  # takes seconds
 
-    show_warnings()
+    start.show_warnings()
     job = RunFile.load(path)
     if parent:
-        return as_one_of_many(job.spec, job.options, job.need_weights)
-    return as_launched(job.spec, job.options)
+        return start.as_one_of_many(job.spec, job.options, job.need_weights)
+    return start.as_launched(job.spec, job.options)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from .. import imported
 from ..errors import UserError, did_you_mean
 from ..signals import interrupts_by_every_signal
 from .secrets import refuse_secrets
@@ -192,10 +193,11 @@ def compose_config(overrides: list[str]) -> DictConfig:
         raise explain(error, overrides, RUN) from error
 
 
-def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
-    """Run `function` as a Hydra application on the process's arguments, and exit with its status.
+def entry(config: Path, module: str) -> None:
+    """Run a module's `main` as a Hydra application on the process's arguments, and exit with the status it returns.
 
     Args:
+        module: its name; imported once there is a configuration to run, not for --help.
         config: the primary configuration, RUN or another with a run's groups in conf/, or a file in conf/scripts. Most
             scripts have a folder of their own, where `table` and `scale` are plain keys, since Hydra takes the name of
             a group for a choice.
@@ -210,7 +212,7 @@ def entry(config: Path, function: Callable[[DictConfig], int | None]) -> None:
     def job(composed: DictConfig) -> None:
         GlobalHydra.instance().clear()  # so that other runs' configurations can be composed
         try:
-            status.append(function(composed) or 0)
+            status.append(imported(module).main(composed) or 0)
         except UserError as error:  # here, since Hydra adds lines of its own to what it sees
             hydra_config = HydraConfig.get()
             many = hydra_config.mode == RunMode.MULTIRUN
