@@ -234,12 +234,12 @@ def mounted(folder: Path, options: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "said"), [("ro", "can't be written"), ("size=64k", "free"), ("size=24k", "full")])
-def test_an_output_folder_that_cannot_be_written_is_an_error_that_says_so(command_here, tmp_path, options, said):
+def test_an_output_folder_that_cannot_be_written_is_an_error_that_says_so(command, tmp_path, options, said):
     mounted(tmp_path, options)
     try:
         if said == "full":
             (tmp_path / "filler").write_bytes(b"0" * 20_000)
-        done = command_here("train.py", "method=fft", *TINY, f"out={tmp_path}", check=False)
+        done = command("train.py", "method=fft", *TINY, f"out={tmp_path}", check=False)
         assert done.returncode == 2 and said in done.stderr and "out=" in done.stderr
         assert "Traceback" not in done.stderr
         assert not list(tmp_path.glob("runs/.*")) and not list(tmp_path.glob("work/*/.spec*"))
