@@ -70,8 +70,10 @@ class Kernel(Protocol):
     def gradient_of_m(self, g_TD: Tensor, kept: Tensor, layout: Layout) -> Tensor:
         """The gradient of M, R x R, where g is that of the output."""
 
-    def gradient_of_x(self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None) -> Tensor:
-        """The gradient of x, T x K; added to `onto`, in place, where that is given."""
+    def gradient_of_x(
+        self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None, mask_TK: Tensor | None
+    ) -> Tensor:
+        """The gradient of x, T x K, times the mask where there is one; added to `onto` in place where that is given."""
 
 
 class SharingKernel:
@@ -97,15 +99,16 @@ class SharingKernel:
     def gradient_of_m(self, g_TD: Tensor, kept: Tensor, layout: Layout) -> Tensor:
         return sharing_decompress_adjoint(g_TD, layout).T @ kept
 
-    def gradient_of_x(self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None) -> Tensor:
+    def gradient_of_x(
+        self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None, mask_TK: Tensor | None
+    ) -> Tensor:
         c_TR = sharing_decompress_adjoint(g_TD, layout) @ m_RR
-        if onto_TK is None:
-            return sharing_compress_adjoint(c_TR, layout)
-        if layout.in_grouping == "blocked":
-            return onto_TK.add_(sharing_compress_adjoint(c_TR, layout))
-        add_repeated(onto_TK, c_TR)
-        if past := layout.in_features % layout.size:
-            onto_TK[:, : layout.size - past] += c_TR[:, past:]
+        if onto_TK is None or layout.in_grouping == "blocked":
+            return _joined(sharing_compress_adjoint(c_TR, layout), onto_TK, mask_TK)
+        add_repeated(onto_TK, c_TR, factor=mask_TK)
+        if past := layout.in_features % layout.size:  # these values of x are in two groups
+            twice = slice(0, layout.size - past)
+            _joined(c_TR[:, past:], onto_TK[:, twice], None if mask_TK is None else mask_TK[:, twice])
         return onto_TK
 
 
@@ -160,7 +163,11 @@ class BlockKernel:
             m_NRR[-1, rows:] = 0
         return self.matrices_adjoint(m_NRR, layout).to(kept.dtype)
 
-    def gradient_of_x(self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None) -> Tensor:
+    def gradient_of_x(
+        self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None, mask_TK: Tensor | None
+    ) -> Tensor:
+        if mask_TK is not None:
+            return _joined(self.gradient_of_x(g_TD, m_RR, layout, None, None), onto_TK, mask_TK)
         length = layout.blocks * layout.size
         g_TP = sum_repeated(g_TD, length) if _repeats(layout) else g_TD
         m_NRR = self.matrices(m_RR, layout)
@@ -176,6 +183,13 @@ class BlockKernel:
             if wrapped:
                 x_TK[:, :wrapped].addmm_(g_TR, m_RR[:, inside:])
         return x_TK
+
+
+def _joined(t: Tensor, onto: Tensor | None, mask: Tensor | None) -> Tensor:
+    """onto + mask t, changing `onto`, or t where that is not given."""
+    if onto is None:
+        return t if mask is None else t.mul_(mask)
+    return onto.add_(t) if mask is None else onto.addcmul_(t, mask)
 
 
 def _repeats(layout: Layout) -> bool:
@@ -261,23 +275,19 @@ class _Update:
             m_RR: None where the gradient of x is not asked for.
             onto_TK: the gradient of x is added to it in place; default: to nothing.
         """
-        kernel, layout, mask = self.kernel, self.layout, self.mask
+        kernel, layout, mask_TK, scale = self.kernel, self.layout, None, 1.0
+        keeps_input = kept is not None and kernel.keeps_input
+        if self.mask is not None:
+            scale = self.mask.scale
+            if m_RR is not None or keeps_input:
+                mask_TK = self.mask.of((len(g_TD), layout.in_features), g_TD)
         x_grad = m_grad = None
-        if mask is None:
-            if m_RR is not None:
-                x_grad = kernel.gradient_of_x(g_TD, m_RR, layout, onto_TK)
-            if kept is not None:
-                m_grad = kernel.gradient_of_m(g_TD, kept, layout)
-            return x_grad, m_grad
-        masks_input = kept is not None and kernel.keeps_input
-        mask_TK = g_TD
-        if m_RR is not None or masks_input:
-            mask_TK = mask.of((len(g_TD), layout.in_features), g_TD)
         if m_RR is not None:
-            x_grad = kernel.gradient_of_x(g_TD, m_RR * mask.scale, layout, None)
-            x_grad = x_grad.mul_(mask_TK) if onto_TK is None else onto_TK.addcmul_(x_grad, mask_TK)
+            x_grad = kernel.gradient_of_x(g_TD, m_RR * scale, layout, onto_TK, mask_TK)
         if kept is not None:
-            m_grad = kernel.gradient_of_m(g_TD, mask_TK.mul_(kept) if masks_input else kept, layout) * mask.scale
+            if keeps_input and mask_TK is not None:
+                kept = mask_TK.mul_(kept)
+            m_grad = kernel.gradient_of_m(g_TD, kept, layout) * scale
         return x_grad, m_grad
 
 

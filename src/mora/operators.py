@@ -372,8 +372,14 @@ def _repeat(y: Tensor, features: int) -> Tensor:
     return y[..., :features]
 
 
-def add_repeated(y: Tensor, values: Tensor, alpha: float = 1, out: Tensor | None = None) -> None:
-    """out = y + alpha times the values, repeated endlessly and cut, and never built so; by default in place."""
+def add_repeated(
+    y: Tensor, values: Tensor, alpha: float = 1, out: Tensor | None = None, factor: Tensor | None = None
+) -> None:
+    """out = y + alpha times the values, repeated endlessly and cut, and never built so; by default in place.
+
+    Args:
+        factor: of y's shape; the repeated values are multiplied by it. In place alone.
+    """
     features, size = y.shape[-1], values.shape[-1]
     whole = features // size * size
     parts = [(slice(0, whole), values.unsqueeze(-2)), (slice(whole, features), values[..., None, : features - whole])]
@@ -381,7 +387,9 @@ def add_repeated(y: Tensor, values: Tensor, alpha: float = 1, out: Tensor | None
         if part.start == part.stop:
             continue
         y_part = y[..., part].unflatten(-1, (-1, added.shape[-1]))
-        if out is None:
+        if factor is not None:
+            y_part.addcmul_(added, factor[..., part].unflatten(-1, (-1, added.shape[-1])), value=alpha)
+        elif out is None:
             y_part.add_(added, alpha=alpha)
         else:
             torch.add(y_part, added, alpha=alpha, out=out[..., part].unflatten(-1, (-1, added.shape[-1])))
