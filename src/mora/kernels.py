@@ -223,6 +223,8 @@ def _sum_of_products(g_NTR: Tensor, x_NTR: Tensor) -> Tensor:
         return torch.bmm(g_NTR.mT, x_NTR)
     if x_NTR.dtype in HALF:
         return torch.stack([g.T @ x for g, x in zip(g_NTR, x_NTR, strict=True)])
+    if x_NTR.shape[1] <= 128:
+        return torch.bmm(g_NTR.mT, x_NTR)
     total_NRR = x_NTR.new_zeros(len(x_NTR), x_NTR.shape[2], x_NTR.shape[2])
     for g, x in zip(g_NTR.split(128, dim=1), x_NTR.split(128, dim=1), strict=True):
         total_NRR.baddbmm_(g.mT, x)
@@ -275,19 +277,21 @@ class _Update:
             m_RR: None where the gradient of x is not asked for.
             onto_TK: the gradient of x is added to it in place; default: to nothing.
         """
-        kernel, layout, mask_TK, scale = self.kernel, self.layout, None, 1.0
+        kernel, layout, mask_TK = self.kernel, self.layout, None
         keeps_input = kept is not None and kernel.keeps_input
         if self.mask is not None:
-            scale = self.mask.scale
+            m_RR = None if m_RR is None else m_RR * self.mask.scale
             if m_RR is not None or keeps_input:
                 mask_TK = self.mask.of((len(g_TD), layout.in_features), g_TD)
         x_grad = m_grad = None
         if m_RR is not None:
-            x_grad = kernel.gradient_of_x(g_TD, m_RR * scale, layout, onto_TK, mask_TK)
+            x_grad = kernel.gradient_of_x(g_TD, m_RR, layout, onto_TK, mask_TK)
         if kept is not None:
             if keeps_input and mask_TK is not None:
                 kept = mask_TK.mul_(kept)
-            m_grad = kernel.gradient_of_m(g_TD, kept, layout) * scale
+            m_grad = kernel.gradient_of_m(g_TD, kept, layout)
+        if m_grad is not None and self.mask is not None:
+            m_grad *= self.mask.scale
         return x_grad, m_grad
 
 
