@@ -256,9 +256,6 @@ class _Update:
     layout: Layout
     mask: Mask | None
 
-    def keep(self, x_TK: Tensor) -> Tensor:
-        return self.kernel.keep(x_TK, self.layout)
-
     def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor) -> Tensor:
         """y += the update, in place; returns what `gradients` needs of x."""
         if self.mask is None:
@@ -383,7 +380,7 @@ class _WithBase(torch.autograd.Function):
         ctx.update, x_TK = _Update(_kernel(operator), layout, mask), _in_one(x_BK)
         with _as_it_is(x_BK):
             if fold:
-                kept = ctx.update.keep(x_TK) if ctx.needs_input_grad[3] else None
+                kept = ctx.update.kernel.keep(x_TK, layout) if ctx.needs_input_grad[3] else None
                 y_BD = linear(x_BK, _folded(weight_DK, m_RR, operator, layout), bias_D)
             else:
                 y_BD = linear(x_BK, weight_DK, bias_D)
