@@ -61,6 +61,9 @@ class Kernel(Protocol):
     def products(self, layout: Layout) -> int:
         """Multiplications by M's entries for each token."""
 
+    def pays(self, tokens: int, layout: Layout, dtype: torch.dtype) -> bool:
+        """Whether it is faster than autograd on the operator's functions, as measured (docs/performance.md)."""
+
     def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
         """What the gradient of M needs of x."""
 
@@ -83,6 +86,9 @@ class SharingKernel:
 
     def products(self, layout: Layout) -> int:
         return layout.size**2
+
+    def pays(self, tokens: int, layout: Layout, dtype: torch.dtype) -> bool:
+        return 4 * tokens >= layout.size
 
     def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
         return sharing_compress(x_TK, layout)
@@ -128,6 +134,9 @@ class BlockKernel:
 
     def products(self, layout: Layout) -> int:
         return layout.blocks * layout.size**2
+
+    def pays(self, tokens: int, layout: Layout, dtype: torch.dtype) -> bool:
+        return tokens >= layout.size * (1.5 if dtype in HALF else 1)  # fewer are turned sooner than M
 
     def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
         return x_TK

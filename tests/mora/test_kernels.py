@@ -256,11 +256,16 @@ def test_what_is_not_folded_or_not_joined(ways):
 
 
 def test_few_tokens_and_mixed_dtypes_take_the_pair(ways):
-    adapted()(torch.randn(1, 24))
+    adapted()(torch.randn(9, 24))  # M has 10 rows
+    adapted("sharing")(torch.randn(2, 24))
+    adapted(dtype=torch.bfloat16, autocast_adapter_dtype=False)(torch.randn(14, 24).bfloat16())
     mixed = adapted(dtype=torch.bfloat16)  # M is fp32
     x = torch.randn(40, 24).bfloat16()
     torch.testing.assert_close(mixed(x), by_the_pair(mixed, x).bfloat16())
     assert ways == []
+    adapted()(torch.randn(10, 24))
+    adapted("sharing")(torch.randn(3, 24))
+    assert ways == ["with_base"] * 2
 
 
 def test_an_operator_of_ones_own_under_a_known_name_takes_its_own_functions(ways):
