@@ -1,9 +1,9 @@
 """Dropout whose mask is computed again for the backward pass, in place of being kept.
 
 `torch.nn.functional.dropout` keeps its mask, which on a CPU is as large as its input, and draws it by a generator that
-takes longer than a layer's other work on its input. Here a mask is a function of one seed: the bits of value i are
-those of a hash of the seed and i (SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-2014), 16 for each value.
+takes longer than the adapter's other work. Here a mask is a function of one seed: of every four values, the bits are
+those of one 64-bit hash, 16 for each. What is hashed is the sequence of SplitMix64 (Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", 2014); the hash is two multiplications between xors with the upper half.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Mask:
 
     @staticmethod
     def drawn(p: float) -> Mask:
-        """One with a seed from torch's default generator, so that `torch.manual_seed` and checkpoints hold for it."""
-        return Mask(int(torch.randint(torch.iinfo(torch.int64).max, ())), p)
+        """One with a seed from torch's generator of the CPU, so that `torch.manual_seed` and checkpoints hold for it."""
+        return Mask(int(torch.randint(torch.iinfo(torch.int64).max, (), device="cpu")), p)
 
     @property
     def dropped(self) -> int:

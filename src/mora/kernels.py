@@ -407,7 +407,7 @@ class _WithBase(torch.autograd.Function):
         with _as_it_is(g_BD):
             if not ctx.fold:
                 x_grad = g_BD @ weight_DK if ctx.needs_input_grad[0] else None
-                onto_TK = None if x_grad is None else _in_one(x_grad)
+                onto_TK = None if x_grad is None else x_grad.view(-1, ctx.update.layout.in_features)
                 _, m_grad = ctx.update.gradients(_in_one(g_BD), kept, m_RR, onto_TK)
             else:
                 if ctx.needs_input_grad[0]:

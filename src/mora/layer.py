@@ -445,7 +445,12 @@ def _has_mask(dropout: nn.Module, x_BK: Tensor) -> bool:
 
     The meta device, where memory is planned, is a CPU here.
     """
-    return _is_plain(dropout, nn.Dropout) and dropout.training and x_BK.device.type in ("cpu", "meta")
+    return (
+        _is_plain(dropout, nn.Dropout)
+        and dropout.training
+        and 0 < cast(nn.Dropout, dropout).p < 1
+        and x_BK.device.type in ("cpu", "meta")
+    )
 
 
 def _tokens(x_BK: Tensor) -> int:

@@ -22,9 +22,11 @@ def imported(name: str) -> ModuleType:
     """
     if name in sys.modules:
         return sys.modules[name]
+    was_on = gc.isenabled()
     gc.disable()
     try:
         return import_module(name)
     finally:
         gc.freeze()
-        gc.enable()
+        if was_on:
+            gc.enable()

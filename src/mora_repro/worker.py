@@ -41,14 +41,15 @@ def main() -> int:
 
     interrupts_by_every_signal()
     path = Path(_own(sys.argv[1:]))
-    start = imported("mora_repro.start")  # takes seconds
+    imported("mora_repro.start")  # takes seconds
     from .spec.options import RunFile
+    from .start import as_launched, as_one_of_many, show_warnings
 
-    start.show_warnings()
+    show_warnings()
     job = RunFile.load(path)
     if parent:
-        return start.as_one_of_many(job.spec, job.options, job.need_weights)
-    return start.as_launched(job.spec, job.options)
+        return as_one_of_many(job.spec, job.options, job.need_weights)
+    return as_launched(job.spec, job.options)
 
 
 if __name__ == "__main__":

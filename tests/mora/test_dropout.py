@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from mora.dropout import LEVELS, Mask
+from mora.dropout import LEVELS, Mask, _bits
 
 
 def mask(seed: int, p: float, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -51,3 +51,26 @@ def test_the_scale_keeps_the_expectation_of_the_rounded_p(p):
     made = Mask(0, p)
     assert abs(made.dropped / LEVELS - p) <= 1 / LEVELS
     assert made.scale * (1 - made.dropped / LEVELS) == pytest.approx(1)
+
+
+def test_the_bits_are_those_of_the_hash():
+    def hashed(index: int) -> int:
+        x = (7 + index * 0x9E3779B97F4A7C15) % 2**64
+        for _ in range(2):
+            x = (x ^ x >> 32) * 0xD6E8FEB86659FD93 % 2**64
+        return x ^ x >> 32
+
+    assert hashed(0) == 8736873150706563146 and hashed(1) == 15772674590947786541
+    bits = _bits(7, 4 * 5000 + 3, torch.device("cpu"))
+    assert len(bits) == 20_003
+    for index in (0, 1, 4095, 4096, 5000):
+        expected = [hashed(index) >> 16 * lane & 0xFFFF for lane in range(4)]
+        assert [value % 2**16 for value in bits[4 * index : 4 * index + 4].tolist()] == expected[: 4 - index // 5000]
+
+
+def test_the_seed_is_drawn_on_the_cpu_whatever_the_default_device():
+    torch.manual_seed(4)
+    expected = Mask.drawn(0.1)
+    torch.manual_seed(4)
+    with torch.device("meta"):
+        assert Mask.drawn(0.1) == expected

@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import dense
 import pytest
@@ -21,6 +22,7 @@ from mora import Layout, MoraConfig, MoraLayer, get_operator, kernels, layer, re
 from mora.dropout import Mask
 from mora.kernels import add_update, with_base
 
+DEVICES = ["cpu", "meta", "cuda", "mps", "xpu"]
 OPERATORS = ["sharing", "decoupling", "rotation"]
 GROUPINGS = ["strided", "blocked"]
 WAYS = {
@@ -305,6 +307,21 @@ def test_dropout_acts_on_the_updates_input_alone(name, dropout, ways):
     assert ways == ["with_base"]
 
 
+def test_a_gpus_dropout_is_pytorchs():
+    dropout = nn.Dropout(0.1)
+    taken = {device: layer._has_mask(dropout, SimpleNamespace(device=torch.device(device))) for device in DEVICES}
+    assert taken == {"cpu": True, "meta": True, "cuda": False, "mps": False, "xpu": False}
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_a_dropout_set_to_none_or_all_draws_nothing(p, ways):
+    model, x = adapted(dropout=0.5), torch.randn(40, 24)
+    mora_layer(model).mora_dropout["default"].p = p
+    expected = by_the_pair(model.eval(), x) if p == 0 else mora_layer(model).base_layer(x)
+    torch.testing.assert_close(model.train()(x), expected, rtol=1e-5, atol=1e-5)
+    assert ways == ["add_update"]
+
+
 def test_a_hook_on_the_dropout_sees_what_it_drops(ways):
     model, x, seen = adapted(dropout=0.5), torch.randn(40, 24), []
     mora_layer(model).mora_dropout["default"].register_forward_hook(lambda module, args, output: seen.append(output))
@@ -446,7 +463,7 @@ def test_of_a_frozen_m_nothing_is_kept_for_its_gradient(name):
     m_RR = mora_layer(model).mora_M["default"].requires_grad_(False)
     kept, x = [], torch.randn(40, 24, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        model.eval()(x)
+        model(x)
     assert {tuple(tensor.shape) for tensor in kept} <= {tuple(m_RR.shape), (36, 24)}
 
 

@@ -126,7 +126,7 @@ def memory(
         model: with the method applied, on the meta device.
         samples: of a micro-batch.
         length: of the longest sample, in tokens.
-        device: where it is computed, since dropout keeps less on a GPU.
+        device: where it is computed, since dropout keeps something else on a GPU.
     """
     frozen, trained, gradients, optimizer = _states(spec, model, processes)
     whole = spec.method.peft is None

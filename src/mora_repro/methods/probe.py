@@ -85,7 +85,7 @@ def _place(tensor: Tensor) -> int:
 
 
 class _MaskedDropout(nn.Module):
-    """Dropout as CUDA has it: what it keeps is a mask of a byte per value. On the meta device nn.Dropout keeps more."""
+    """Dropout as CUDA has it: what it keeps is a mask of a byte per value. The meta device has it as a CPU does."""
 
     def __init__(self, p: float):
         super().__init__()
