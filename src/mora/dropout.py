@@ -40,7 +40,7 @@ class Mask:
 
     @staticmethod
     def drawn(p: float) -> Mask:
-        """One with a seed from torch's generator of the CPU, so that `torch.manual_seed` and checkpoints hold for it."""
+        """One with a seed of torch's generator of the CPU, so that `torch.manual_seed` and checkpoints hold for it."""
         return Mask(int(torch.randint(torch.iinfo(torch.int64).max, (), device="cpu")), p)
 
     @property
