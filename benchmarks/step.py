@@ -113,34 +113,35 @@ def main() -> None:
         sizes = [(4096, 11008, 2, 4, 1024)]
         kinds = [(8, "bf16", 0.0), (8, "bf16", 0.05), (256, "bf16", 0.0)]
     else:
-        sizes = [(1024, 2752, 2, 2, 512)] if chosen.quick else [(1024, 2752, 4, 2, 512), (2048, 5504, 2, 1, 512)]
+        sizes = [(1024, 2752, 2, 2, 512)] if chosen.quick else [(1024, 2752, 4, 2, 512)]
         kinds = [(8, "fp32", 0.0), (8, "bf16", 0.05)]
-        if not chosen.quick:
-            kinds += [(8, "fp32", 0.05), (64, "fp32", 0.0), (8, "bf16", 0.0), (64, "bf16", 0.0)]
+    cases = [Case(*size, *kind) for size in sizes for kind in kinds]
+    if chosen.device == "cpu" and not chosen.quick:
+        cases += [Case(2048, 5504, 2, 1, 512, *kind) for kind in kinds]
+        more = [(8, "fp32", 0.05), (64, "fp32", 0.0), (8, "bf16", 0.0), (64, "bf16", 0.0)]
+        cases += [Case(*sizes[0], *kind) for kind in more]
     methods = METHODS[:3] if chosen.quick else METHODS
     rows, data = [], []
-    for size in sizes:
-        for r, dtype, dropout in kinds:
-            case = Case(*size, r, dtype, dropout)
-            result = measure(case, chosen.device, methods, 20, 25)
-            data.append({"case": vars(case), "results": result})
-            lora = result["LoRA"]
-            for name, values in result.items():
-                rows.append(
-                    {
-                        "model": f"{case.layers} x {case.width}/{case.inner}",
-                        "tokens": case.batch * case.length,
-                        "r": r,
-                        "dtype": dtype + (f", dropout {dropout}" if dropout else ""),
-                        "method": name,
-                        "ms": f"{values['milliseconds']:.1f}",
-                        "step / LoRA": timing.shown(values["to_lora"]),
-                        "step / base": timing.shown(values["to_base"]),
-                        "peak / LoRA": f"{values['peak_bytes'] / lora['peak_bytes']:.2f}",
-                        "adapters' saved / LoRA": f"{values['saved_by_adapters'] / lora['saved_by_adapters']:.2f}",
-                    }
-                )
-                print(*rows[-1].values(), sep=" | ", flush=True)
+    for case in cases:
+        result = measure(case, chosen.device, methods, 20, 25)
+        data.append({"case": vars(case), "results": result})
+        lora = result["LoRA"]
+        for name, values in result.items():
+            rows.append(
+                {
+                    "model": f"{case.layers} x {case.width}/{case.inner}",
+                    "tokens": case.batch * case.length,
+                    "r": case.r,
+                    "dtype": case.dtype + (f", dropout {case.dropout}" if case.dropout else ""),
+                    "method": name,
+                    "ms": f"{values['milliseconds']:.1f}",
+                    "step / LoRA": timing.shown(values["to_lora"]),
+                    "step / base": timing.shown(values["to_base"]),
+                    "peak / LoRA": f"{values['peak_bytes'] / lora['peak_bytes']:.2f}",
+                    "adapters' saved / LoRA": f"{values['saved_by_adapters'] / lora['saved_by_adapters']:.2f}",
+                }
+            )
+            print(*rows[-1].values(), sep=" | ", flush=True)
     timing.write(chosen.out, "step", chosen.device, timing.table(rows), data)
 
 

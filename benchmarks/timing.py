@@ -151,7 +151,7 @@ def saved_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own function keeps would never be freed
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = forward()  # alive until counted, so that no address is used twice
