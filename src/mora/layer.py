@@ -398,12 +398,12 @@ class Linear(nn.Module, MoraLayer):
         operator, layout, m_RR = self._parts(adapter)
         dropout = self.mora_dropout[adapter]
         joins = (
-            not base.weight.requires_grad
+            _has_kernel(operator, layout, x_BK, m_RR, base.weight)  # first: one token of a generation ends here
+            and not base.weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
             and (isinstance(dropout, nn.Identity) or not dropout.training or _has_mask(dropout, x_BK))
             and m_RR.dtype == base.weight.dtype == x_BK.dtype
             and not _under_autocast(x_BK)
-            and _has_kernel(operator, layout, x_BK, m_RR, base.weight)
         )
         return adapter if joins else None
 
