@@ -232,8 +232,6 @@ def _sum_of_products(g_NTR: Tensor, x_NTR: Tensor) -> Tensor:
         return torch.bmm(g_NTR.mT, x_NTR)
     if x_NTR.dtype in HALF:
         return torch.stack([g.T @ x for g, x in zip(g_NTR, x_NTR, strict=True)])
-    if x_NTR.shape[1] <= 128:
-        return torch.bmm(g_NTR.mT, x_NTR)
     total_NRR = x_NTR.new_zeros(len(x_NTR), x_NTR.shape[2], x_NTR.shape[2])
     for g, x in zip(g_NTR.split(128, dim=1), x_NTR.split(128, dim=1), strict=True):
         total_NRR.baddbmm_(g.mT, x)
@@ -261,9 +259,21 @@ def kernel_of(operator: Operator) -> Kernel | None:
 class _Update:
     """decompress(M compress(dropout(x))) of one call, on tokens in one dimension."""
 
-    kernel: Kernel
+    operator: Operator  # one with a kernel
     layout: Layout
     mask: Mask | None
+
+    @property
+    def kernel(self) -> Kernel:
+        kernel = kernel_of(self.operator)
+        assert kernel is not None
+        return kernel
+
+    def folded(self, weight_DK: Tensor, m_RR: Tensor) -> Tensor:
+        """W + delta(M), without dropout."""
+        total_DK = torch.empty_like(weight_DK)
+        self.operator.add_to(weight_DK, m_RR, self.layout, 1, total_DK)
+        return total_DK
 
     def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor) -> Tensor:
         """y += the update, in place; returns what `gradients` needs of x."""
@@ -296,8 +306,8 @@ class _Update:
             if keeps_input and mask_TK is not None:
                 kept = mask_TK.mul_(kept)
             m_grad = kernel.gradient_of_m(g_TD, kept, layout)
-        if m_grad is not None and self.mask is not None:
-            m_grad *= self.mask.scale
+            if self.mask is not None:
+                m_grad *= self.mask.scale
         return x_grad, m_grad
 
 
@@ -317,27 +327,18 @@ def add_update(
         in_place: the base's output is changed and returned. Only for an output that nobody else reads.
         mask: of the dropout; default: none.
     """
-    return _AddUpdate.apply(base_BD, x_BK, m_RR, operator, layout, in_place, mask)
+    return _AddUpdate.apply(base_BD, x_BK, m_RR, _Update(operator, layout, mask), in_place)
 
 
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        base_BD: Tensor,
-        x_BK: Tensor,
-        m_RR: Tensor,
-        operator: Operator,
-        layout: Layout,
-        in_place: bool,
-        mask: Mask | None,
-    ) -> Tensor:
-        ctx.update, ctx.shape = _Update(_kernel(operator), layout, mask), x_BK.shape
+    def forward(ctx: Any, base_BD: Tensor, x_BK: Tensor, m_RR: Tensor, update: _Update, in_place: bool) -> Tensor:
+        ctx.update, ctx.shape = update, x_BK.shape
         if in_place:
             ctx.mark_dirty(base_BD)
         y_BD = base_BD if in_place else base_BD.clone(memory_format=torch.contiguous_format)
         with _as_it_is(x_BK):
-            kept = ctx.update.add_(y_BD.view(-1, layout.out_features), _in_one(x_BK), m_RR)
+            kept = update.add_(y_BD.view(-1, update.layout.out_features), _in_one(x_BK), m_RR)
         ctx.save_for_backward(kept if ctx.needs_input_grad[2] else None, m_RR if ctx.needs_input_grad[1] else None)
         return y_BD
 
@@ -347,7 +348,7 @@ class _AddUpdate(torch.autograd.Function):
         kept, m_RR = ctx.saved_tensors
         with _as_it_is(g_BD):
             x_grad, m_grad = ctx.update.gradients(_in_one(g_BD), kept, m_RR, None)
-        return g_BD, None if x_grad is None else x_grad.view(ctx.shape), m_grad, None, None, None, None
+        return g_BD, None if x_grad is None else x_grad.view(ctx.shape), m_grad, None, None
 
 
 def with_base(
@@ -369,7 +370,7 @@ def with_base(
         mask: of the dropout; default: none.
     """
     assert not (fold and mask), "with dropout, base and update have different inputs"
-    return _WithBase.apply(x_BK, weight_DK, bias_D, m_RR, operator, layout, fold, mask)
+    return _WithBase.apply(x_BK, weight_DK, bias_D, m_RR, _Update(operator, layout, mask), fold)
 
 
 class _WithBase(torch.autograd.Function):
@@ -380,20 +381,17 @@ class _WithBase(torch.autograd.Function):
         weight_DK: Tensor,
         bias_D: Tensor | None,
         m_RR: Tensor,
-        operator: Operator,
-        layout: Layout,
+        update: _Update,
         fold: bool,
-        mask: Mask | None,
     ) -> Tensor:
-        ctx.operator, ctx.layout, ctx.fold = operator, layout, fold
-        ctx.update, x_TK = _Update(_kernel(operator), layout, mask), _in_one(x_BK)
+        ctx.update, ctx.fold, x_TK = update, fold, _in_one(x_BK)
         with _as_it_is(x_BK):
             if fold:
-                kept = ctx.update.kernel.keep(x_TK, layout) if ctx.needs_input_grad[3] else None
-                y_BD = linear(x_BK, _folded(weight_DK, m_RR, operator, layout), bias_D)
+                kept = update.kernel.keep(x_TK, update.layout) if ctx.needs_input_grad[3] else None
+                y_BD = linear(x_BK, update.folded(weight_DK, m_RR), bias_D)
             else:
                 y_BD = linear(x_BK, weight_DK, bias_D)
-                kept = ctx.update.add_(y_BD.view(-1, layout.out_features), x_TK, m_RR)
+                kept = update.add_(y_BD.view(-1, update.layout.out_features), x_TK, m_RR)
         ctx.save_for_backward(
             kept if ctx.needs_input_grad[3] else None, weight_DK, m_RR if ctx.needs_input_grad[0] else None
         )
@@ -411,22 +409,10 @@ class _WithBase(torch.autograd.Function):
                 _, m_grad = ctx.update.gradients(_in_one(g_BD), kept, m_RR, onto_TK)
             else:
                 if ctx.needs_input_grad[0]:
-                    x_grad = g_BD @ _folded(weight_DK, m_RR, ctx.operator, ctx.layout)
+                    x_grad = g_BD @ ctx.update.folded(weight_DK, m_RR)
                 if kept is not None:
                     _, m_grad = ctx.update.gradients(_in_one(g_BD), kept, None, None)
-        return x_grad, None, None, m_grad, None, None, None, None
-
-
-def _kernel(operator: Operator) -> Kernel:
-    kernel = kernel_of(operator)
-    assert kernel is not None
-    return kernel
-
-
-def _folded(weight_DK: Tensor, m_RR: Tensor, operator: Operator, layout: Layout) -> Tensor:
-    total_DK = torch.empty_like(weight_DK)
-    operator.add_to(weight_DK, m_RR, layout, 1, total_DK)
-    return total_DK
+        return x_grad, None, None, m_grad, None, None
 
 
 def _in_one(x_BF: Tensor) -> Tensor:

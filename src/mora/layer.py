@@ -349,16 +349,16 @@ class Linear(nn.Module, MoraLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        plain = self._base_is_plain() and not (args or kwargs)
+        plain = _is_plain(self.base_layer, nn.Linear) and not (args or kwargs)  # nobody else has seen its output
         if plain and adapter_names is None and (adapter := self._joins_base(x)) is not None:
             operator, layout, m_RR = self._parts(adapter)
             base_layer = cast(nn.Linear, self.base_layer)
             # Exact in single precision: the rounding of W + delta is that of the product with W. Where the product
             # rounds its factors to fewer digits, the sum would lose small updates.
             kernel = kernel_of(operator)
-            pays = kernel is not None and _tokens(x) * kernel.products(layout) >= FOLD * base_layer.weight.numel()
+            many = kernel is not None and _tokens(x) * kernel.products(layout) >= FOLD * base_layer.weight.numel()
             x, mask = self._dropped(x, adapter)
-            fold = pays and mask is None and _products_are_exact(x.dtype)
+            fold = many and mask is None and _products_are_exact(x.dtype)
             return with_base(x, base_layer.weight, base_layer.bias, m_RR, operator, layout, fold, mask)
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
@@ -384,10 +384,6 @@ class Linear(nn.Module, MoraLayer):
         if bias_D is None:
             return scale_D * self._add_update(result_BD, x_BK, adapter, in_place=False)
         return scale_D * self._add_update(result_BD - bias_D, x_BK, adapter, in_place=True) + bias_D
-
-    def _base_is_plain(self) -> bool:
-        """The base layer is a Linear that computes what its weight says and whose output nobody else has seen."""
-        return _is_plain(self.base_layer, nn.Linear)
 
     def _joins_base(self, x_BK: Tensor) -> str | None:
         """The adapter that can be computed in one function with a plain base: the only active one."""

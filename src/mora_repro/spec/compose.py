@@ -197,10 +197,10 @@ def entry(config: Path, module: str) -> None:
     """Run a module's `main` as a Hydra application on the process's arguments, and exit with the status it returns.
 
     Args:
-        module: its name; imported once there is a configuration to run, not for --help.
         config: the primary configuration, RUN or another with a run's groups in conf/, or a file in conf/scripts. Most
             scripts have a folder of their own, where `table` and `scale` are plain keys, since Hydra takes the name of
             a group for a choice.
+        module: its name; imported once there is a configuration to run, not for --help.
 
     A UserError or an error of Hydra's is printed without a traceback, and the status is 2.
     """
