@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from .signals import wait_to_be_ended
+
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # For what may take long on one process alone, such as the training of a base.
 PATIENCE = timedelta(days=7)
@@ -141,7 +143,8 @@ def any_of(flag: bool) -> bool:
 def first_to_fail() -> bool:
     """Whether no other process has asked this before: the one whose error is the cause, and is shown."""
     if not dist.is_initialized():
-        return is_main()  # before they met, all do the same, and fail alike
+        # Before they met, all do the same, and fail alike; one that nobody ends has failed alone.
+        return is_main() or not wait_to_be_ended()
     with suppress(Exception):  # the process that keeps the count may be gone: then it has failed before
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     return False

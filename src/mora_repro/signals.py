@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+PATIENCE_SECONDS = 10
 
 
 @contextmanager
@@ -22,6 +25,18 @@ def answered_by(handler: Callable[[int, Any], None], *numbers: signal.Signals) -
 def interrupt(*_: Any) -> None:
     """The handler of SIGINT that Python starts with."""
     raise KeyboardInterrupt
+
+
+def wait_to_be_ended() -> bool:
+    """Leave it to the first of several processes to say why all fail; whether this one was ended meanwhile.
+
+    A launcher ends all of them as soon as one has ended, which may be before the first has come to its word.
+    """
+    try:
+        time.sleep(PATIENCE_SECONDS)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def interrupts_by_every_signal() -> None:

@@ -12,11 +12,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from .disk import write_atomically
-from .distributed import VARIABLES, first_to_fail, join, leave, rank, say, size, started_by_a_launcher
+from .distributed import VARIABLES, first_to_fail, is_main, join, leave, rank, say, size, started_by_a_launcher
 from .errors import UserError
 from .machine import refuse_this_machine
 from .results.records import Store
 from .run import run, shown
+from .signals import wait_to_be_ended
 from .spec import INTERRUPTED, RunSpec
 from .spec.options import Options, RunFile
 from .training import (
@@ -98,7 +99,10 @@ def as_launched(spec: RunSpec, options: Options) -> int:
     try:
         refuse_this_machine(spec, size())
     except UserError as error:
-        say(f"error: {error}")
+        if is_main():
+            say(f"error: {error}")
+        else:
+            wait_to_be_ended()
         return 2
     status = as_one_of_many(spec, options)
     if status == 0 and (record := Store(options.out).load(spec.id)):

@@ -15,7 +15,7 @@ from processes import children_of, is_running, launcher, until, wait_for_checkpo
 from run_outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 
-from mora_repro import distributed
+from mora_repro import distributed, signals
 from mora_repro.errors import UserError
 from mora_repro.results.records import Store
 from mora_repro.spec import CONF, RunSpec, compose_config
@@ -305,6 +305,28 @@ def test_what_does_not_go_together_is_refused(tmp_path, command, said):
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count(said) == 1, done.stderr
     assert not list(tmp_path.glob("work/*/model"))
+
+
+@pytest.mark.slow
+def test_the_first_process_says_why_though_another_fails_sooner(tmp_path):
+    late = "import os, time; time.sleep(5 * (os.environ['RANK'] == '0'))\n"
+    (tmp_path / "late.py").write_text(f"{late}from mora_repro.spec import RUN, entry\nentry(RUN, 'mora_repro.start')\n")
+    command = [sys.executable, *LAUNCHER, str(tmp_path / "late.py"), "method=lorra"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("method=lorra is not known") == 1, done.stderr
+    assert done.stderr.count("scale=mini") == 1 and "interrupted" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_process_that_nobody_ends_has_failed_alone(monkeypatch, ended):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 60 if ended else 0.1)
+    if ended:
+        with signals.answered_by(signals.interrupt, signal.SIGALRM):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            assert not distributed.first_to_fail()
+    else:
+        assert distributed.first_to_fail()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .. import imported
 from ..errors import UserError, did_you_mean
-from ..signals import interrupts_by_every_signal
+from ..signals import interrupts_by_every_signal, wait_to_be_ended
 from .secrets import refuse_secrets
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -227,7 +227,7 @@ def entry(config: Path, module: str) -> None:
             # Overrides first: Hydra's parser takes no flag between them.
             overrides = with_model([text for text in arguments if "=" in text and not text.startswith("-")])
             sys.argv[1:] = [*overrides, *(text for text in arguments if text not in overrides)]
-            if notice:
+            if notice and _is_first():
                 print(notice, file=sys.stderr, flush=True)
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(job)()
     except UserError as error:
@@ -243,10 +243,16 @@ def entry(config: Path, module: str) -> None:
     sys.exit(max(status, default=0))
 
 
+def _is_first() -> bool:
+    """Of the processes that torchrun or srun started, which all compose the same: the one that says it."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def _exit(error: UserError) -> None:
-    # Of the processes that torchrun or srun started, which all compose the same, the first says it.
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if _is_first():
         print(f"error: {error}", file=sys.stderr)
+    else:
+        wait_to_be_ended()
     sys.exit(2)
 
 
