@@ -15,6 +15,10 @@ from tiny import ROOT
 
 # Before torch is imported: no hub, and the same number of threads as the mini scale.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before transformers imports Triton, which reads it as it defines functions
 
 # Where commands that tests start find tasks of the tests (packed.py).
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

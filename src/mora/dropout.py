@@ -14,16 +14,14 @@ import torch
 from torch import Tensor
 
 LEVELS = 1 << 16  # p is rounded to a multiple of 1 / LEVELS
-_VALUES = 4  # of one hash of 64 bits
+VALUES = 4  # of one hash of 64 bits
+STEP, FACTOR = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
 _ROW = 1 << 12
 
 
 def _signed(value: int) -> int:
     """The 64-bit integer of these bits, as torch holds it."""
     return value - (1 << 64) if value >> 63 else value
-
-
-_STEP, _FACTOR = _signed(0x9E3779B97F4A7C15), _signed(0xD6E8FEB86659FD93)
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class Mask:
 
 def _bits(seed: int, count: int, device: torch.device) -> Tensor:
     """So many 16-bit integers, each uniform over all 65,536."""
-    rows = torch.arange(-(-count // (_VALUES * _ROW)), device=device)
-    hashed = (rows * _ROW * _STEP + seed)[:, None] + torch.arange(_ROW, device=device) * _STEP  # modulo 2^64
+    rows, step, factor = torch.arange(-(-count // (VALUES * _ROW)), device=device), _signed(STEP), _signed(FACTOR)
+    hashed = (rows * _ROW * step + seed)[:, None] + torch.arange(_ROW, device=device) * step  # modulo 2^64
     low, high = hashed.view(torch.int32).unflatten(-1, (_ROW, 2)).unbind(-1)
     for _ in range(2):
         low.bitwise_xor_(high)
-        hashed.mul_(_FACTOR)
+        hashed.mul_(factor)
     low.bitwise_xor_(high)
     return hashed.flatten().view(torch.int16)[:count]

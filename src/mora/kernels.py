@@ -23,9 +23,12 @@ Shape suffixes as in operators.py, and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -54,7 +57,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Kernel(Protocol):
-    """An operator's step on tokens in one dimension."""
+    """An operator's step on tokens in one dimension. A mask is of dropout of x, and its scale is in M."""
 
     keeps_input: bool  # what `keep` gives is x itself
 
@@ -64,19 +67,31 @@ class Kernel(Protocol):
     def pays(self, tokens: int, layout: Layout, dtype: torch.dtype) -> bool:
         """Whether it is faster than autograd on the operator's functions, as measured (docs/performance.md)."""
 
+    def drops(self, device: torch.device) -> bool:
+        """Whether it is also faster with a mask than PyTorch's dropout on that device."""
+
     def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
-        """What the gradient of M needs of x."""
+        """What the gradient of M needs of x, where `add_` is not called; without dropout."""
 
-    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout) -> Tensor:
-        """y += decompress(M compress(x)), in place; returns what `keep` does."""
+    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
+        """y += decompress(M compress(dropped x)), in place; returns what the gradient of M needs of x."""
 
-    def gradient_of_m(self, g_TD: Tensor, kept: Tensor, layout: Layout) -> Tensor:
-        """The gradient of M, R x R, where g is that of the output."""
+    def gradients(
+        self,
+        g_TD: Tensor,
+        kept: Tensor | None,
+        m_RR: Tensor | None,
+        layout: Layout,
+        onto_TK: Tensor | None,
+        mask: Mask | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those of x, T x K, and of M, R x R, from that of the output; x's without W's part.
 
-    def gradient_of_x(
-        self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None, mask_TK: Tensor | None
-    ) -> Tensor:
-        """The gradient of x, T x K, times the mask where there is one; added to `onto` in place where that is given."""
+        Args:
+            kept: by the forward pass; None where the gradient of M is not asked for.
+            m_RR: None where the gradient of x is not asked for.
+            onto_TK: the gradient of x is added to it in place; default: to nothing.
+        """
 
 
 class SharingKernel:
@@ -90,25 +105,52 @@ class SharingKernel:
     def pays(self, tokens: int, layout: Layout, dtype: torch.dtype) -> bool:
         return 4 * tokens >= layout.size
 
-    def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
-        return sharing_compress(x_TK, layout)
+    def drops(self, device: torch.device) -> bool:
+        return _on_cpu(device) or _on_gpu(device) is not None
 
-    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout) -> Tensor:
-        c_TR = sharing_compress(x_TK, layout)
+    def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
+        return self._compressed(x_TK, layout, None)
+
+    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
+        c_TR = self._compressed(x_TK, layout, mask)
         u_TR = linear(c_TR, m_RR)
-        if layout.out_grouping == "strided":
+        if gpu := _on_gpu(y_TD.device, y_TD.dtype):
+            gpu.add_to_groups(y_TD, u_TR, layout.out_grouping, wrap=False, fresh=False)
+        elif layout.out_grouping == "strided":
             add_repeated(y_TD, u_TR)
         else:
             y_TD += sharing_decompress(u_TR, layout)
         return c_TR
 
-    def gradient_of_m(self, g_TD: Tensor, kept: Tensor, layout: Layout) -> Tensor:
-        return sharing_decompress_adjoint(g_TD, layout).T @ kept
+    def gradients(
+        self,
+        g_TD: Tensor,
+        kept: Tensor | None,
+        m_RR: Tensor | None,
+        layout: Layout,
+        onto_TK: Tensor | None,
+        mask: Mask | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if gpu := _on_gpu(g_TD.device, g_TD.dtype):
+            g_TR = gpu.sum_groups(g_TD, layout.size, layout.out_grouping, wrap=False)
+        else:
+            g_TR = sharing_decompress_adjoint(g_TD, layout)
+        x_grad = None if m_RR is None else self._compressed_adjoint(g_TR @ m_RR, layout, onto_TK, mask)
+        return x_grad, None if kept is None else g_TR.T @ kept
 
-    def gradient_of_x(
-        self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None, mask_TK: Tensor | None
+    def _compressed(self, x_TK: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
+        if gpu := _on_gpu(x_TK.device, x_TK.dtype):
+            return gpu.sum_groups(x_TK, layout.size, layout.in_grouping, wrap=True, mask=mask)
+        return sharing_compress(_dropped(x_TK, mask), layout)
+
+    def _compressed_adjoint(
+        self, c_TR: Tensor, layout: Layout, onto_TK: Tensor | None, mask: Mask | None
     ) -> Tensor:
-        c_TR = sharing_decompress_adjoint(g_TD, layout) @ m_RR
+        if gpu := _on_gpu(c_TR.device, c_TR.dtype):
+            x_TK = c_TR.new_empty(len(c_TR), layout.in_features) if onto_TK is None else onto_TK
+            gpu.add_to_groups(x_TK, c_TR, layout.in_grouping, wrap=True, fresh=onto_TK is None, mask=mask)
+            return x_TK
+        mask_TK = None if mask is None else mask.of((len(c_TR), layout.in_features), c_TR)
         if onto_TK is None or layout.in_grouping == "blocked":
             return _joined(sharing_compress_adjoint(c_TR, layout), onto_TK, mask_TK)
         add_repeated(onto_TK, c_TR, factor=mask_TK)
@@ -138,10 +180,14 @@ class BlockKernel:
     def pays(self, tokens: int, layout: Layout, dtype: torch.dtype) -> bool:
         return tokens >= layout.size * (1.5 if dtype in HALF else 1)  # fewer are turned sooner than M
 
+    def drops(self, device: torch.device) -> bool:
+        return _on_cpu(device)
+
     def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
         return x_TK
 
-    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout) -> Tensor:
+    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
+        whole_TK, x_TK = x_TK, _dropped(x_TK, mask)
         m_NRR = self.matrices(m_RR, layout)
         repeated = _repeats(layout)
         u_TP = y_TD.new_empty(len(y_TD), layout.blocks * layout.size) if repeated else y_TD
@@ -156,35 +202,48 @@ class BlockKernel:
                 u_TR.addmm_(x_TK[:, :wrapped], m_RR[:, inside:].T)
         if repeated:
             add_repeated(y_TD, u_TP)
-        return x_TK
+        return whole_TK  # which other layers share, and not the dropped copy
 
-    def gradient_of_m(self, g_TD: Tensor, kept: Tensor, layout: Layout) -> Tensor:
+    def gradients(
+        self,
+        g_TD: Tensor,
+        kept: Tensor | None,
+        m_RR: Tensor | None,
+        layout: Layout,
+        onto_TK: Tensor | None,
+        mask: Mask | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         g_TP = sum_repeated(g_TD, layout.blocks * layout.size) if _repeats(layout) else g_TD
+        mask_TK = None if mask is None else mask.of((len(g_TD), layout.in_features), g_TD)
+        x_grad = m_grad = None
+        if m_RR is not None and mask_TK is None:
+            x_grad = self._gradient_of_x(g_TP, m_RR, layout, onto_TK)
+        elif m_RR is not None:
+            x_grad = _joined(self._gradient_of_x(g_TP, m_RR, layout, None), onto_TK, mask_TK)
+        if kept is not None:
+            m_grad = self._gradient_of_m(g_TP, kept if mask_TK is None else mask_TK.mul_(kept), layout)
+        return x_grad, m_grad
+
+    def _gradient_of_m(self, g_TP: Tensor, x_TK: Tensor, layout: Layout) -> Tensor:
         full, last, rows, inside, wrapped = _cut(layout)
         # Half precision is turned back and summed up in single.
-        dtype = torch.float32 if kept.dtype in HALF else kept.dtype
-        m_NRR = kept.new_empty(layout.blocks, layout.size, layout.size, dtype=dtype)
-        m_NRR[:full] = _sum_of_products(_blocks(g_TP, full, layout), _blocks(kept, full, layout))
+        dtype = torch.float32 if x_TK.dtype in HALF else x_TK.dtype
+        m_NRR = x_TK.new_empty(layout.blocks, layout.size, layout.size, dtype=dtype)
+        m_NRR[:full] = _sum_of_products(_blocks(g_TP, full, layout), _blocks(x_TK, full, layout))
         if rows:
             g_RT = g_TP[:, last : last + rows].T
-            m_NRR[-1, :rows, :inside] = g_RT @ kept[:, last : last + inside]
-            m_NRR[-1, :rows, inside:] = g_RT @ kept[:, :wrapped]
+            m_NRR[-1, :rows, :inside] = g_RT @ x_TK[:, last : last + inside]
+            m_NRR[-1, :rows, inside:] = g_RT @ x_TK[:, :wrapped]
             m_NRR[-1, rows:] = 0
-        return self.matrices_adjoint(m_NRR, layout).to(kept.dtype)
+        return self.matrices_adjoint(m_NRR, layout).to(x_TK.dtype)
 
-    def gradient_of_x(
-        self, g_TD: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None, mask_TK: Tensor | None
-    ) -> Tensor:
-        if mask_TK is not None:
-            return _joined(self.gradient_of_x(g_TD, m_RR, layout, None, None), onto_TK, mask_TK)
-        length = layout.blocks * layout.size
-        g_TP = sum_repeated(g_TD, length) if _repeats(layout) else g_TD
+    def _gradient_of_x(self, g_TP: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None) -> Tensor:
         m_NRR = self.matrices(m_RR, layout)
         full, last, rows, inside, wrapped = _cut(layout)
         x_TK, beta = onto_TK, 1
         if x_TK is None:
-            x_TK, beta = g_TD.new_empty(len(g_TD), layout.in_features), 0
-            x_TK[:, length:] = 0  # not read
+            x_TK, beta = g_TP.new_empty(len(g_TP), layout.in_features), 0
+            x_TK[:, layout.blocks * layout.size :] = 0  # not read
         _blocks(x_TK, full, layout).baddbmm_(_blocks(g_TP, full, layout), m_NRR[:full], beta=beta)
         if rows:
             g_TR, m_RR = g_TP[:, last : last + rows], m_NRR[-1, :rows]
@@ -192,6 +251,33 @@ class BlockKernel:
             if wrapped:
                 x_TK[:, :wrapped].addmm_(g_TR, m_RR[:, inside:])
         return x_TK
+
+
+def _on_cpu(device: torch.device) -> bool:
+    """The meta device, where memory is planned, is a CPU here."""
+    return device.type in ("cpu", "meta")
+
+
+def _on_gpu(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType | None:
+    """triton_groups.py, which sums up in single precision, for a GPU where Triton works."""
+    return _triton_groups(device) if device.type == "cuda" and dtype != torch.float64 else None
+
+
+@cache
+def _triton_groups(device: torch.device) -> ModuleType | None:
+    try:
+        from . import triton_groups
+
+        triton_groups.works(device)
+    except Exception as error:  # Triton has many
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"MoRA computes without Triton, which takes longer, since it doesn't work here: {text}", stacklevel=2)
+        return None
+    return triton_groups
+
+
+def _dropped(x: Tensor, mask: Mask | None) -> Tensor:
+    return x if mask is None else mask.of(x.shape, x).mul_(x)
 
 
 def _joined(t: Tensor, onto: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -277,38 +363,18 @@ class _Update:
 
     def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor) -> Tensor:
         """y += the update, in place; returns what `gradients` needs of x."""
-        if self.mask is None:
-            return self.kernel.add_(y_TD, x_TK, m_RR, self.layout)
-        dropped_TK = self.mask.of(x_TK.shape, x_TK).mul_(x_TK)
-        kept = self.kernel.add_(y_TD, dropped_TK, m_RR * self.mask.scale, self.layout)
-        return x_TK if self.kernel.keeps_input else kept  # x, which other layers share, and not its copy
+        return self.kernel.add_(y_TD, x_TK, self._scaled(m_RR), self.layout, self.mask)
 
     def gradients(
         self, g_TD: Tensor, kept: Tensor | None, m_RR: Tensor | None, onto_TK: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Those of x and of M, from that of the output.
+        """Those of x and of M, from that of the output; arguments as of [`Kernel.gradients`]."""
+        m_RR = None if m_RR is None else self._scaled(m_RR)
+        x_grad, m_grad = self.kernel.gradients(g_TD, kept, m_RR, self.layout, onto_TK, self.mask)
+        return x_grad, None if m_grad is None else self._scaled(m_grad)
 
-        Args:
-            kept: by the forward pass; None where the gradient of M is not asked for.
-            m_RR: None where the gradient of x is not asked for.
-            onto_TK: the gradient of x is added to it in place; default: to nothing.
-        """
-        kernel, layout, mask_TK = self.kernel, self.layout, None
-        keeps_input = kept is not None and kernel.keeps_input
-        if self.mask is not None:
-            m_RR = None if m_RR is None else m_RR * self.mask.scale
-            if m_RR is not None or keeps_input:
-                mask_TK = self.mask.of((len(g_TD), layout.in_features), g_TD)
-        x_grad = m_grad = None
-        if m_RR is not None:
-            x_grad = kernel.gradient_of_x(g_TD, m_RR, layout, onto_TK, mask_TK)
-        if kept is not None:
-            if keeps_input and mask_TK is not None:
-                kept = mask_TK.mul_(kept)
-            m_grad = kernel.gradient_of_m(g_TD, kept, layout)
-            if self.mask is not None:
-                m_grad *= self.mask.scale
-        return x_grad, m_grad
+    def _scaled(self, m_RR: Tensor) -> Tensor:
+        return m_RR if self.mask is None else m_RR * self.mask.scale
 
 
 def add_update(

@@ -234,8 +234,8 @@ class MoraLayer(BaseTunerLayer):
 
     def _dropped(self, x_BK: Tensor, adapter: str) -> tuple[Tensor, Mask | None]:
         """x after dropout; or x as it is, and the mask that kernels.py drops it by."""
-        dropout = self.mora_dropout[adapter]
-        if _has_mask(dropout, x_BK):
+        dropout, operator = self.mora_dropout[adapter], get_operator(self.mora_operator[adapter])
+        if _has_mask(dropout, operator, x_BK):
             return x_BK, Mask.drawn(cast(nn.Dropout, dropout).p)
         return dropout(x_BK), None
 
@@ -397,7 +397,7 @@ class Linear(nn.Module, MoraLayer):
             _has_kernel(operator, layout, x_BK, m_RR, base.weight)  # first: one token of a generation ends here
             and not base.weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
-            and (isinstance(dropout, nn.Identity) or not dropout.training or _has_mask(dropout, x_BK))
+            and (isinstance(dropout, nn.Identity) or not dropout.training or _has_mask(dropout, operator, x_BK))
             and m_RR.dtype == base.weight.dtype == x_BK.dtype
             and not _under_autocast(x_BK)
         )
@@ -436,16 +436,14 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _has_mask(dropout: nn.Module, x_BK: Tensor) -> bool:
-    """Whether dropout.py serves for this dropout: on a CPU. On a GPU, PyTorch's own is one pass, and its mask small.
-
-    The meta device, where memory is planned, is a CPU here.
-    """
+def _has_mask(dropout: nn.Module, operator: Operator, x_BK: Tensor) -> bool:
+    """Whether dropout.py serves for this dropout before an operator that has a kernel."""
     return (
         _is_plain(dropout, nn.Dropout)
         and dropout.training
         and 0 < cast(nn.Dropout, dropout).p < 1
-        and x_BK.device.type in ("cpu", "meta")
+        and (kernel := kernel_of(operator)) is not None
+        and kernel.drops(x_BK.device)
     )
 
 

@@ -307,10 +307,22 @@ def test_dropout_acts_on_the_updates_input_alone(name, dropout, ways):
     assert ways == ["with_base"]
 
 
-def test_a_gpus_dropout_is_pytorchs():
-    dropout = nn.Dropout(0.1)
-    taken = {device: layer._has_mask(dropout, SimpleNamespace(device=torch.device(device))) for device in DEVICES}
-    assert taken == {"cpu": True, "meta": True, "cuda": False, "mps": False, "xpu": False}
+@every_operator
+@pytest.mark.parametrize("triton", [object(), None])
+def test_pytorchs_dropout_is_taken_where_it_is_sooner(monkeypatch, name, triton):
+    monkeypatch.setattr(kernels, "_triton_groups", lambda device: triton)
+
+    def taken(device):
+        return layer._has_mask(nn.Dropout(0.1), get_operator(name), SimpleNamespace(device=torch.device(device)))
+
+    fused = name == "sharing" and triton is not None
+    assert {device: taken(device) for device in DEVICES} == {
+        "cpu": True,
+        "meta": True,
+        "cuda": fused,
+        "mps": False,
+        "xpu": False,
+    }
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
