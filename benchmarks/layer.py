@@ -65,10 +65,10 @@ class AuthorsRotation(nn.Module):
         return y + out[..., :features]
 
 
-def adapters(case: Case, wide: bool) -> dict[str, nn.Module]:
+def adapters(case: Case, device: str, wide: bool) -> dict[str, nn.Module]:
     """The layer with each method, all on the same weight; `wide`: also those that are slower by their nature."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
-    base = nn.Linear(case.k, case.d, bias=False, dtype=dtype)
+    base = nn.Linear(case.k, case.d, bias=False, dtype=dtype, device=device)
     budget = case.r * (case.k + case.d)
 
     def nearest(name: str) -> int:
@@ -98,7 +98,7 @@ def adapters(case: Case, wide: bool) -> dict[str, nn.Module]:
 
 def measure(case: Case, device: str, turns: int, seconds: float, wide: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    modules = {name: module.to(device) for name, module in adapters(case, wide).items()}
+    modules = {name: module.to(device) for name, module in adapters(case, device, wide).items()}
     dtype = modules["base"].weight.dtype
     x = torch.randn(case.tokens, case.k, dtype=dtype, device=device, requires_grad=True)
     gradient = torch.randn(case.tokens, case.d, dtype=dtype, device=device)
