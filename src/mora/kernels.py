@@ -28,7 +28,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +53,7 @@ from .operators import (
 )
 
 HALF = (torch.bfloat16, torch.float16)
+_NOTHING = nullcontext()
 
 
 class Kernel(Protocol):
@@ -106,20 +106,14 @@ class SharingKernel:
         return 4 * tokens >= layout.size
 
     def drops(self, device: torch.device) -> bool:
-        return _on_cpu(device) or _on_gpu(device) is not None
+        return _on_cpu(device)
 
     def keep(self, x_TK: Tensor, layout: Layout) -> Tensor:
         return self._compressed(x_TK, layout, None)
 
     def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
         c_TR = self._compressed(x_TK, layout, mask)
-        u_TR = linear(c_TR, m_RR)
-        if gpu := _on_gpu(y_TD.device, y_TD.dtype):
-            gpu.add_to_groups(y_TD, u_TR, layout.out_grouping, wrap=False, fresh=False)
-        elif layout.out_grouping == "strided":
-            add_repeated(y_TD, u_TR)
-        else:
-            y_TD += sharing_decompress(u_TR, layout)
+        self._add_decompressed(y_TD, linear(c_TR, self._matrix(m_RR)), layout)
         return c_TR
 
     def gradients(
@@ -131,25 +125,32 @@ class SharingKernel:
         onto_TK: Tensor | None,
         mask: Mask | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        if gpu := _on_gpu(g_TD.device, g_TD.dtype):
-            g_TR = gpu.sum_groups(g_TD, layout.size, layout.out_grouping, wrap=False)
-        else:
-            g_TR = sharing_decompress_adjoint(g_TD, layout)
-        x_grad = None if m_RR is None else self._compressed_adjoint(g_TR @ m_RR, layout, onto_TK, mask)
-        return x_grad, None if kept is None else g_TR.T @ kept
+        g_TR = self._decompressed_adjoint(g_TD, layout)
+        x_grad = m_grad = None
+        if m_RR is not None:
+            x_grad = self._compressed_adjoint(g_TR @ self._matrix(m_RR), layout, onto_TK, mask)
+        if kept is not None:
+            m_grad = (g_TR.T @ kept)[: layout.size, : layout.size]
+        return x_grad, m_grad
+
+    # What a GPU has kernels of its own for. There, R may be a width that is larger, with zeros behind R.
+
+    def _matrix(self, m_RR: Tensor) -> Tensor:
+        return m_RR
 
     def _compressed(self, x_TK: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
-        if gpu := _on_gpu(x_TK.device, x_TK.dtype):
-            return gpu.sum_groups(x_TK, layout.size, layout.in_grouping, wrap=True, mask=mask)
         return sharing_compress(_dropped(x_TK, mask), layout)
 
-    def _compressed_adjoint(
-        self, c_TR: Tensor, layout: Layout, onto_TK: Tensor | None, mask: Mask | None
-    ) -> Tensor:
-        if gpu := _on_gpu(c_TR.device, c_TR.dtype):
-            x_TK = c_TR.new_empty(len(c_TR), layout.in_features) if onto_TK is None else onto_TK
-            gpu.add_to_groups(x_TK, c_TR, layout.in_grouping, wrap=True, fresh=onto_TK is None, mask=mask)
-            return x_TK
+    def _add_decompressed(self, y_TD: Tensor, u_TR: Tensor, layout: Layout) -> None:
+        if layout.out_grouping == "strided":
+            add_repeated(y_TD, u_TR)
+        else:
+            y_TD += sharing_decompress(u_TR, layout)
+
+    def _decompressed_adjoint(self, g_TD: Tensor, layout: Layout) -> Tensor:
+        return sharing_decompress_adjoint(g_TD, layout)
+
+    def _compressed_adjoint(self, c_TR: Tensor, layout: Layout, onto_TK: Tensor | None, mask: Mask | None) -> Tensor:
         mask_TK = None if mask is None else mask.of((len(c_TR), layout.in_features), c_TR)
         if onto_TK is None or layout.in_grouping == "blocked":
             return _joined(sharing_compress_adjoint(c_TR, layout), onto_TK, mask_TK)
@@ -226,15 +227,12 @@ class BlockKernel:
 
     def _gradient_of_m(self, g_TP: Tensor, x_TK: Tensor, layout: Layout) -> Tensor:
         full, last, rows, inside, wrapped = _cut(layout)
-        # Half precision is turned back and summed up in single.
-        dtype = torch.float32 if x_TK.dtype in HALF else x_TK.dtype
-        m_NRR = x_TK.new_empty(layout.blocks, layout.size, layout.size, dtype=dtype)
-        m_NRR[:full] = _sum_of_products(_blocks(g_TP, full, layout), _blocks(x_TK, full, layout))
+        m_NRR = _sum_of_products(_blocks(g_TP, full, layout), _blocks(x_TK, full, layout))
         if rows:
-            g_RT = g_TP[:, last : last + rows].T
-            m_NRR[-1, :rows, :inside] = g_RT @ x_TK[:, last : last + inside]
-            m_NRR[-1, :rows, inside:] = g_RT @ x_TK[:, :wrapped]
-            m_NRR[-1, rows:] = 0
+            g_RT, m_1RR = g_TP[:, last : last + rows].T, m_NRR.new_zeros(1, layout.size, layout.size)
+            m_1RR[0, :rows, :inside] = g_RT @ x_TK[:, last : last + inside]
+            m_1RR[0, :rows, inside:] = g_RT @ x_TK[:, :wrapped]
+            m_NRR = torch.cat((m_NRR, m_1RR))
         return self.matrices_adjoint(m_NRR, layout).to(x_TK.dtype)
 
     def _gradient_of_x(self, g_TP: Tensor, m_RR: Tensor, layout: Layout, onto_TK: Tensor | None) -> Tensor:
@@ -256,24 +254,6 @@ class BlockKernel:
 def _on_cpu(device: torch.device) -> bool:
     """The meta device, where memory is planned, is a CPU here."""
     return device.type in ("cpu", "meta")
-
-
-def _on_gpu(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType | None:
-    """triton_groups.py, which sums up in single precision, for a GPU where Triton works."""
-    return _triton_groups(device) if device.type == "cuda" and dtype != torch.float64 else None
-
-
-@cache
-def _triton_groups(device: torch.device) -> ModuleType | None:
-    try:
-        from . import triton_groups
-
-        triton_groups.works(device)
-    except Exception as error:  # Triton has many
-        text = (str(error) or type(error).__name__).splitlines()[0]
-        warnings.warn(f"MoRA computes without Triton, which takes longer, since it doesn't work here: {text}", stacklevel=2)
-        return None
-    return triton_groups
 
 
 def _dropped(x: Tensor, mask: Mask | None) -> Tensor:
@@ -329,31 +309,64 @@ def _blocks(t_TF: Tensor, full: int, layout: Layout) -> Tensor:
     return t_TF[:, : full * layout.size].unflatten(1, (full, layout.size)).transpose(0, 1)
 
 
-_KERNELS: list[tuple[Operator, Kernel]] = [
-    (get_operator("sharing"), SharingKernel()),
-    (get_operator("decoupling"), BlockKernel(decoupling_matrices, decoupling_matrices_adjoint)),
-    (get_operator("rotation"), BlockKernel(rotation_matrices, rotation_matrices_adjoint)),
-]
+# ---------------------------------------------------------------------------------------------------
+# Which kernel computes an operator
+
+Kernels = dict[str, tuple[Operator, Kernel]]
+_KERNELS: Kernels = {
+    "sharing": (get_operator("sharing"), SharingKernel()),
+    "decoupling": (get_operator("decoupling"), BlockKernel(decoupling_matrices, decoupling_matrices_adjoint)),
+    "rotation": (get_operator("rotation"), BlockKernel(rotation_matrices, rotation_matrices_adjoint)),
+}
 
 
-def kernel_of(operator: Operator) -> Kernel | None:
-    """Of a built-in operator; one that a user registers under the same name is computed by its own functions."""
-    return next((kernel for known, kernel in _KERNELS if known is operator), None)
+def kernel_of(operator: Operator, x: Tensor) -> Kernel | None:
+    """Of a built-in operator, for tensors of x's device and dtype.
+
+    One that a user registers under the same name is computed by its own functions.
+    """
+    # Triton's sum up in single precision.
+    kernels = _triton_kernels(x.device) if x.device.type == "cuda" and x.dtype != torch.float64 else _KERNELS
+    known, kernel = kernels.get(operator.name, (None, None))
+    return kernel if known is operator else None
+
+
+@cache
+def _triton_kernels(device: torch.device) -> Kernels:
+    """Those of a GPU; without Triton's where that doesn't work, and a warning."""
+    try:
+        from . import triton_kernels as triton
+
+        triton.works(device)
+    except Exception as error:  # Triton has many
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"MoRA's training step takes longer on {device}, since Triton fails there: {text}", stacklevel=2)
+        return _KERNELS
+    own: dict[str, Kernel] = {
+        "sharing": triton.TritonSharing(),
+        "rotation": BlockKernel(triton.rotation_matrices, triton.rotation_matrices_adjoint),
+    }
+    return {name: (operator, own.get(name, kernel)) for name, (operator, kernel) in _KERNELS.items()}
+
+
+# ---------------------------------------------------------------------------------------------------
+# As functions that autograd knows
 
 
 @dataclass(frozen=True)
 class _Update:
     """decompress(M compress(dropout(x))) of one call, on tokens in one dimension."""
 
-    operator: Operator  # one with a kernel
+    operator: Operator
+    kernel: Kernel  # of the operator
     layout: Layout
     mask: Mask | None
 
-    @property
-    def kernel(self) -> Kernel:
-        kernel = kernel_of(self.operator)
+    @staticmethod
+    def of(operator: Operator, layout: Layout, mask: Mask | None, x: Tensor) -> _Update:
+        kernel = kernel_of(operator, x)
         assert kernel is not None
-        return kernel
+        return _Update(operator, kernel, layout, mask)
 
     def folded(self, weight_DK: Tensor, m_RR: Tensor) -> Tensor:
         """W + delta(M), without dropout."""
@@ -393,7 +406,7 @@ def add_update(
         in_place: the base's output is changed and returned. Only for an output that nobody else reads.
         mask: of the dropout; default: none.
     """
-    return _AddUpdate.apply(base_BD, x_BK, m_RR, _Update(operator, layout, mask), in_place)
+    return _AddUpdate.apply(base_BD, x_BK, m_RR, _Update.of(operator, layout, mask, x_BK), in_place)
 
 
 class _AddUpdate(torch.autograd.Function):
@@ -436,7 +449,7 @@ def with_base(
         mask: of the dropout; default: none.
     """
     assert not (fold and mask), "with dropout, base and update have different inputs"
-    return _WithBase.apply(x_BK, weight_DK, bias_D, m_RR, _Update(operator, layout, mask), fold)
+    return _WithBase.apply(x_BK, weight_DK, bias_D, m_RR, _Update.of(operator, layout, mask, x_BK), fold)
 
 
 class _WithBase(torch.autograd.Function):
@@ -489,4 +502,5 @@ def _in_one(x_BF: Tensor) -> Tensor:
 def _as_it_is(tensor: Tensor) -> AbstractContextManager[Any]:
     """Without autocast."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
+    return torch.autocast(kind, enabled=False) if on else _NOTHING

@@ -355,7 +355,7 @@ class Linear(nn.Module, MoraLayer):
             base_layer = cast(nn.Linear, self.base_layer)
             # Exact in single precision: the rounding of W + delta is that of the product with W. Where the product
             # rounds its factors to fewer digits, the sum would lose small updates.
-            kernel = kernel_of(operator)
+            kernel = kernel_of(operator, x)
             many = kernel is not None and _tokens(x) * kernel.products(layout) >= FOLD * base_layer.weight.numel()
             x, mask = self._dropped(x, adapter)
             fold = many and mask is None and _products_are_exact(x.dtype)
@@ -442,7 +442,7 @@ def _has_mask(dropout: nn.Module, operator: Operator, x_BK: Tensor) -> bool:
         _is_plain(dropout, nn.Dropout)
         and dropout.training
         and 0 < cast(nn.Dropout, dropout).p < 1
-        and (kernel := kernel_of(operator)) is not None
+        and (kernel := kernel_of(operator, x_BK)) is not None
         and kernel.drops(x_BK.device)
     )
 
@@ -475,7 +475,7 @@ def _has_kernel(operator: Operator, layout: Layout, x_BK: Tensor, *tensors: Tens
     return (
         not torch.compiler.is_compiling()  # before the number of tokens, which it would take for fixed
         and not torch.jit.is_tracing()
-        and (kernel := kernel_of(operator)) is not None
+        and (kernel := kernel_of(operator, x_BK)) is not None
         and kernel.pays(_tokens(x_BK), layout, x_BK.dtype)
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x_BK, *tensors))
         and not torch._C._are_functorch_transforms_active()

@@ -295,7 +295,12 @@ def rotation_matrices(m_RR: Tensor, layout: Layout) -> Tensor:
 
 
 def rotation_matrices_adjoint(m_NRR: Tensor, layout: Layout) -> Tensor:
-    """The gradient of M from those of the blocks' matrices, R x R: each turned back, and their sum."""
+    """The gradient of M from those of the blocks' matrices, R x R: each turned back, and their sum.
+
+    Half precision is turned back and summed up in single.
+    """
+    if m_NRR.dtype in (torch.float16, torch.bfloat16):
+        m_NRR = m_NRR.float()
     cos, sin = (table[:, None] for table in _angles(layout, m_NRR))
     return _turn(m_NRR, cos, sin).sum(dim=0)
 
@@ -324,6 +329,11 @@ def _angles(layout: Layout, like: Tensor) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
         return _angle_tables(layout.size, layout.blocks, like.device, like.dtype)
     return _kept_angle_tables(layout.size, layout.blocks, like.device, like.dtype)
+
+
+def rotation_angles(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles n theta_j, each (N, R / 2), in fp32; kept for later calls."""
+    return _kept_angle_tables(layout.size, layout.blocks, device, torch.float32)
 
 
 def _angle_tables(size: int, blocks: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
