@@ -15,7 +15,7 @@ from tiny import ROOT
 
 # Before torch is imported: no hub, and the same number of threads as the mini scale.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before transformers imports Triton, which reads it as it defines functions

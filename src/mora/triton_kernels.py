@@ -10,7 +10,6 @@ Shape suffixes as in kernels.py, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 

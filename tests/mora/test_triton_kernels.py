@@ -1,4 +1,4 @@
-"""The Triton kernels, on a GPU where there is one and in Triton's interpreter elsewhere, against PyTorch's operations."""
+"""The Triton kernels, on a GPU or else in Triton's interpreter, against the functions of operators.py."""
 
 from contextlib import contextmanager
 
@@ -22,8 +22,8 @@ from mora.operators import (
 
 pytest.importorskip("triton", reason="Triton isn't installed: pip install -e '.[triton]'")
 
-from mora import triton_kernels  # noqa: E402
-from mora.triton_kernels import add_to_groups, sum_groups  # noqa: E402
+from mora import triton_kernels
+from mora.triton_kernels import add_to_groups, sum_groups
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of the largest value. A GPU rounds to bf16, and the interpreter cuts.
