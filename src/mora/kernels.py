@@ -59,8 +59,6 @@ _NOTHING = nullcontext()
 class Kernel(Protocol):
     """An operator's step on tokens in one dimension. A mask is of dropout of x, and its scale is in M."""
 
-    keeps_input: bool  # what `keep` gives is x itself
-
     def products(self, layout: Layout) -> int:
         """Multiplications by M's entries for each token."""
 
@@ -96,8 +94,6 @@ class Kernel(Protocol):
 
 class SharingKernel:
     """y += decompress(M c) for c = compress(x); the gradient of M is (decompress^T g)^T c."""
-
-    keeps_input = False
 
     def products(self, layout: Layout) -> int:
         return layout.size**2
@@ -167,8 +163,6 @@ class BlockKernel:
     M is turned, once for each block, and the tokens are not. The gradient of M is the sum of those of the M_n, each
     turned back.
     """
-
-    keeps_input = True
 
     def __init__(
         self, matrices: Callable[[Tensor, Layout], Tensor], matrices_adjoint: Callable[[Tensor, Layout], Tensor]
@@ -344,9 +338,10 @@ def _triton_kernels(device: torch.device) -> Kernels:
         return _KERNELS
     own: dict[str, Kernel] = {
         "sharing": triton.TritonSharing(),
-        "rotation": BlockKernel(triton.rotation_matrices, triton.rotation_matrices_adjoint),
+        "decoupling": triton.TritonBlocks(decoupling_matrices, decoupling_matrices_adjoint),
+        "rotation": triton.TritonBlocks(triton.rotation_matrices, triton.rotation_matrices_adjoint),
     }
-    return {name: (operator, own.get(name, kernel)) for name, (operator, kernel) in _KERNELS.items()}
+    return {name: (operator, own[name]) for name, (operator, _) in _KERNELS.items()}
 
 
 # ---------------------------------------------------------------------------------------------------

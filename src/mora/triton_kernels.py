@@ -11,7 +11,7 @@ Shape suffixes as in kernels.py, and
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,11 +21,11 @@ from torch.nn.functional import pad
 from triton.runtime.interpreter import InterpretedFunction
 
 from .dropout import FACTOR, LEVELS, STEP, VALUES, Mask
-from .kernels import SharingKernel
+from .kernels import BlockKernel, SharingKernel
 from .operators import Layout, rotation_angles
 
-_TILE = 2048  # values of a tile
-_COLUMNS = 256  # of a tile at most
+# Values of a tile, and its columns at most; as measured on an H100.
+_SUM_TILE, _ADD_TILE, _TURN_TILE, _COLUMNS = 1024, 2048, 512, 512
 
 # As Triton reads a global.
 _FACTOR, _STEP = tl.constexpr(FACTOR), tl.constexpr(STEP)
@@ -34,7 +34,7 @@ _ALL, _SIGN = tl.constexpr(LEVELS - 1), tl.constexpr(LEVELS // 2)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Sharing
+# The operators
 
 
 class TritonSharing(SharingKernel):
@@ -48,18 +48,83 @@ class TritonSharing(SharingKernel):
         return pad(m_RR, (0, missing, 0, missing)) if missing else m_RR
 
     def _compressed(self, x_TK: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
-        return sum_groups(x_TK, layout.size, layout.in_grouping == "blocked", True, mask)
+        return sum_groups(x_TK, _inputs(layout), mask)
 
     def _add_decompressed(self, y_TD: Tensor, u_TW: Tensor, layout: Layout) -> None:
-        add_to_groups(y_TD, u_TW, layout.size, layout.out_grouping == "blocked", False)
+        add_to_groups(y_TD, u_TW, _outputs(layout))
 
     def _decompressed_adjoint(self, g_TD: Tensor, layout: Layout) -> Tensor:
-        return sum_groups(g_TD, layout.size, layout.out_grouping == "blocked", False)
+        return sum_groups(g_TD, _outputs(layout))
 
     def _compressed_adjoint(self, c_TW: Tensor, layout: Layout, onto_TK: Tensor | None, mask: Mask | None) -> Tensor:
         x_TK = c_TW.new_empty(len(c_TW), layout.in_features) if onto_TK is None else onto_TK
-        add_to_groups(x_TK, c_TW, layout.size, layout.in_grouping == "blocked", True, mask, fresh=onto_TK is None)
+        add_to_groups(x_TK, c_TW, _inputs(layout), mask, fresh=onto_TK is None)
         return x_TK
+
+
+class TritonBlocks(BlockKernel):
+    """Decoupling and rotation. Blocks that a GPU's matrix units can't read where they lie are copied, of width W.
+
+    Those are blocks of an R that is no multiple of 16 bytes, and those with something to do on the way: dropout, or
+    outputs that are repeated.
+    """
+
+    def drops(self, device: torch.device) -> bool:
+        return True
+
+    def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
+        if mask is None and _lies_well(layout, x_TK):
+            return super().add_(y_TD, x_TK, m_RR, layout, mask)
+        x_TNW = _cut(x_TK, _input_blocks(layout), mask)
+        u_TNW = _products(x_TNW, self._matrices_of_width(m_RR, layout).mT)
+        add_to_groups(y_TD, u_TNW, _output_blocks(layout))
+        return x_TK
+
+    def gradients(
+        self,
+        g_TD: Tensor,
+        kept: Tensor | None,
+        m_RR: Tensor | None,
+        layout: Layout,
+        onto_TK: Tensor | None,
+        mask: Mask | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if mask is None and _lies_well(layout, g_TD):
+            return super().gradients(g_TD, kept, m_RR, layout, onto_TK, mask)
+        g_TNW = _cut(g_TD, _output_blocks(layout), None)
+        x_grad = m_grad = None
+        if m_RR is not None:
+            c_TNW = _products(g_TNW, self._matrices_of_width(m_RR, layout))
+            x_grad = g_TD.new_zeros(len(g_TD), layout.in_features) if onto_TK is None else onto_TK
+            add_to_groups(x_grad, c_TNW, _input_blocks(layout), mask)
+        if kept is not None:
+            x_TNW = _cut(kept, _input_blocks(layout), mask)
+            m_NWW = torch.bmm(g_TNW.permute(1, 2, 0), x_TNW.transpose(0, 1))
+            m_grad = self.matrices_adjoint(m_NWW[:, : layout.size, : layout.size], layout).to(kept.dtype)
+        return x_grad, m_grad
+
+    def _matrices_of_width(self, m_RR: Tensor, layout: Layout) -> Tensor:
+        m_NRR = self.matrices(m_RR, layout)
+        missing = _width(layout.size, m_RR) - layout.size
+        return pad(m_NRR, (0, missing, 0, missing)) if missing else m_NRR
+
+
+def _cut(x_TF: Tensor, blocks: Groups, mask: Mask | None) -> Tensor:
+    sums = sum_groups(x_TF, blocks, mask)
+    return sums.view(len(sums), blocks.blocks, sums.shape[-1])
+
+
+def _products(x_TNW: Tensor, m_NWW: Tensor) -> Tensor:
+    """Each block times its matrix, T x N x W."""
+    y_TNW = torch.empty_like(x_TNW)
+    y_TNW.transpose(0, 1).baddbmm_(x_TNW.transpose(0, 1), m_NWW, beta=0)
+    return y_TNW
+
+
+def _lies_well(layout: Layout, t: Tensor) -> bool:
+    """Every block, and every row of tokens, begins at a multiple of 16 bytes; and no output is repeated."""
+    sides = (layout.size, layout.in_features, layout.out_features)
+    return layout.out_features <= layout.blocks * layout.size and all(_width(side, t) == side for side in sides)
 
 
 def _width(size: int, like: Tensor) -> int:
@@ -68,59 +133,83 @@ def _width(size: int, like: Tensor) -> int:
     return _ceil(size, unit) * unit
 
 
-def sum_groups(x_TF: Tensor, size: int, blocked: bool, wrap: bool, mask: Mask | None = None) -> Tensor:
-    """The sum over each group of values, T x W in x's dtype, summed up in fp32.
+# ---------------------------------------------------------------------------------------------------
+# Sums over groups
 
-    Strided: value f belongs to group f mod R. Blocked: contiguous groups, the first F mod R of one member more.
+
+class Groups(NamedTuple):
+    """Which of the first F values of a row belong together, in N blocks of R groups.
+
+    Strided: value f belongs to group f mod N R. Blocked: the groups are contiguous, and the first F mod R have one
+    member more. As in operators.py (`sharing_compress`); a block of x is one of groups of one value each.
 
     Args:
-        size: R.
-        wrap: strided groups are those of x padded with its own first values to a multiple of R.
+        features: F; what a row has behind them is not read.
+        length: R.
+        blocks: N; 1 where blocked.
+        wrap: strided groups are those of the row padded with its own first values to a multiple of N R.
+    """
+
+    features: int
+    length: int
+    blocks: int = 1
+    blocked: bool = False
+    wrap: bool = False
+
+
+def _inputs(layout: Layout) -> Groups:
+    blocked = layout.in_grouping == "blocked"
+    return Groups(layout.in_features, layout.size, blocked=blocked, wrap=not blocked)
+
+
+def _outputs(layout: Layout) -> Groups:
+    return Groups(layout.out_features, layout.size, blocked=layout.out_grouping == "blocked")
+
+
+def _input_blocks(layout: Layout) -> Groups:
+    features = min(layout.in_features, layout.blocks * layout.size)
+    return Groups(features, layout.size, layout.blocks, wrap=True)
+
+
+def _output_blocks(layout: Layout) -> Groups:
+    return Groups(layout.out_features, layout.size, layout.blocks)
+
+
+def sum_groups(x_TF: Tensor, groups: Groups, mask: Mask | None = None) -> Tensor:
+    """The sum over each group of values, T x N x W in x's dtype (T x W where N is 1), summed up in fp32.
+
+    Args:
         mask: of a dropout of x, without its scale; default: none.
     """
     x_TF = x_TF.contiguous()
-    sums_TW = x_TF.new_empty(len(x_TF), _width(size, x_TF))
-    _over_groups(_sum_groups, x_TF, sums_TW, size, blocked, wrap, mask)
-    return sums_TW
+    width = _width(groups.length, x_TF)
+    sums = x_TF.new_empty((len(x_TF), width) if groups.blocks == 1 else (len(x_TF), groups.blocks, width))
+    _over_groups(_sum_groups, _SUM_TILE, x_TF, sums, groups, mask)
+    return sums
 
 
-def add_to_groups(
-    y_TF: Tensor,
-    values_TW: Tensor,
-    size: int,
-    blocked: bool,
-    wrap: bool,
-    mask: Mask | None = None,
-    fresh: bool = False,
-) -> None:
-    """y += the value of each one's group, times the mask; in place. Groups as in [`sum_groups`].
+def add_to_groups(y_TF: Tensor, values: Tensor, groups: Groups, mask: Mask | None = None, fresh: bool = False) -> None:
+    """y += the value of each one's group, times the mask, in place: the transpose of [`sum_groups`].
 
     Args:
         y_TF: contiguous.
-        wrap: the transpose of `sum_groups` with `wrap`: values of two groups get both.
+        values: of the shape that `sum_groups` gives.
         mask: of a dropout, without its scale; default: none.
         fresh: y is written, and what it held before is not read.
     """
-    _over_groups(_add_to_groups, y_TF, values_TW.contiguous(), size, blocked, wrap, mask, fresh)
+    _over_groups(_add_to_groups, _ADD_TILE, y_TF, values.contiguous(), groups, mask, fresh)
 
 
 def _over_groups(
-    kernel: Any,
-    x_TF: Tensor,
-    groups_TW: Tensor,
-    size: int,
-    blocked: bool,
-    wrap: bool,
-    mask: Mask | None,
-    *fresh: bool,
+    kernel: Any, tile: int, x_TF: Tensor, values: Tensor, groups: Groups, mask: Mask | None, *fresh: bool
 ) -> None:
-    (tokens, features), width = x_TF.shape, groups_TW.shape[1]
+    (tokens, stride), width = x_TF.shape, values.shape[-1]
     columns = min(_COLUMNS, _power_of_2(width))
-    rows = _TILE // columns
+    rows = tile // columns
     seed, dropped = (mask.seed, mask.dropped) if mask else (0, 0)
-    constants = (features, size, width, blocked, wrap and not blocked, mask is not None, rows, columns, *fresh)
-    grid = (_ceil(tokens, rows), _ceil(width, columns), 1)
-    _launch(kernel, grid, (x_TF, groups_TW), (tokens, dropped, seed), constants)
+    constants = (stride, *groups, width, mask is not None, rows, columns, *fresh)
+    grid = (_ceil(tokens, rows), _ceil(width, columns), groups.blocks)
+    _launch(kernel, grid, (x_TF, values), (tokens, dropped, seed), constants)
 
 
 @triton.jit
@@ -162,30 +251,35 @@ def _sum_groups(
     tokens,
     dropped,
     seed,
+    STRIDE: tl.constexpr,
     FEATURES: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCKED: tl.constexpr,
-    WRAPPED: tl.constexpr,
+    WRAP: tl.constexpr,
+    WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    group = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (token < tokens) & (group < SIZE)
-    first, step = _first_of_group(group, FEATURES, SIZE, BLOCKED)
-    index = token * FEATURES + first
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    group = tl.program_id(2) * LENGTH + column
+    inside = (token < tokens) & (column < LENGTH)
+    size: tl.constexpr = LENGTH * BLOCKS
+    whole: tl.constexpr = FEATURES // size
+    past: tl.constexpr = FEATURES % size
+    first, step = _first_of_group(group, FEATURES, size, BLOCKED)
+    index = token * STRIDE + first
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for member in tl.range(0, FEATURES // SIZE, loop_unroll_factor=4):
+    for member in tl.range(0, whole, loop_unroll_factor=4):
         total += _read(x, index + member * step, inside, seed, dropped, MASKED)
-    past: tl.constexpr = FEATURES % SIZE
     if past > 0:
-        whole: tl.constexpr = FEATURES // SIZE
         total += _read(x, index + whole * step, inside & (group < past), seed, dropped, MASKED)
-        if WRAPPED:
+        if WRAP:
             total += _read(x, index - past, inside & (group >= past), seed, dropped, MASKED)
-    tl.store(sums + token * WIDTH + group, total.to(sums.dtype.element_ty), mask=(token < tokens) & (group < WIDTH))
+    out = sums + (token * BLOCKS + tl.program_id(2)) * WIDTH + column
+    tl.store(out, total.to(sums.dtype.element_ty), mask=(token < tokens) & (column < WIDTH))
 
 
 @triton.jit
@@ -204,33 +298,43 @@ def _add_to_groups(
     tokens,
     dropped,
     seed,
+    STRIDE: tl.constexpr,
     FEATURES: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCKED: tl.constexpr,
-    WRAPPED: tl.constexpr,
+    WRAP: tl.constexpr,
+    WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FRESH: tl.constexpr,
 ):
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    group = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (token < tokens) & (group < SIZE)
-    first, step = _first_of_group(group, FEATURES, SIZE, BLOCKED)
-    index = token * FEATURES + first
-    source = values + token * WIDTH + group
-    value = tl.load(source, mask=inside, other=0).to(tl.float32)
-    past: tl.constexpr = FEATURES % SIZE
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    block = tl.program_id(2)
+    group = block * LENGTH + column
+    inside = (token < tokens) & (column < LENGTH)
+    size: tl.constexpr = LENGTH * BLOCKS
+    whole: tl.constexpr = FEATURES // size
+    past: tl.constexpr = FEATURES % size
+    first, step = _first_of_group(group, FEATURES, size, BLOCKED)
+    index = token * STRIDE + first
+    row = values + token * BLOCKS * WIDTH
+    value = tl.load(row + block * WIDTH + column, mask=inside, other=0).to(tl.float32)
     twice = value
-    if WRAPPED and past > 0:
-        twice += tl.load(source + past, mask=inside & (group < SIZE - past), other=0).to(tl.float32)
-    _add(y, index, twice, inside, seed, dropped, MASKED, FRESH)
-    for member in tl.range(1, FEATURES // SIZE, loop_unroll_factor=4):
-        _add(y, index + member * step, value, inside, seed, dropped, MASKED, FRESH)
-    if past > 0:
-        whole: tl.constexpr = FEATURES // SIZE
-        _add(y, index + whole * step, value, inside & (group < past), seed, dropped, MASKED, FRESH)
+    if WRAP and past > 0:  # the first values are also in the group that lies `past` further
+        other = group + past
+        source = row + (other // LENGTH) * WIDTH + other % LENGTH
+        twice += tl.load(source, mask=inside & (other < size), other=0).to(tl.float32)
+    if whole > 0:
+        _add(y, index, twice, inside, seed, dropped, MASKED, FRESH)
+        for member in tl.range(1, whole, loop_unroll_factor=4):
+            _add(y, index + member * step, value, inside, seed, dropped, MASKED, FRESH)
+        if past > 0:
+            _add(y, index + whole * step, value, inside & (group < past), seed, dropped, MASKED, FRESH)
+    else:
+        _add(y, index, twice, inside & (group < past), seed, dropped, MASKED, FRESH)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -238,7 +342,7 @@ def _add_to_groups(
 
 
 def rotation_matrices(m_RR: Tensor, layout: Layout) -> Tensor:
-    """`operators.rotation_matrices`, N x R x R, in one pass."""
+    """That of operators.py, N x R x R, in one pass."""
     m_RR = m_RR.contiguous()
     turned_NRR = m_RR.new_empty(layout.blocks, layout.size, layout.size)
     _over_matrix(_turn, m_RR, turned_NRR, layout)
@@ -246,60 +350,84 @@ def rotation_matrices(m_RR: Tensor, layout: Layout) -> Tensor:
 
 
 def rotation_matrices_adjoint(m_NRR: Tensor, layout: Layout) -> Tensor:
-    """`operators.rotation_matrices_adjoint`, R x R, summed up in fp32."""
-    m_NRR = m_NRR.contiguous()
+    """That of operators.py, R x R, in one pass; rows of m may lie apart."""
     total_RR = m_NRR.new_empty(layout.size, layout.size)
     _over_matrix(_turn_back, total_RR, m_NRR, layout)
     return total_RR
 
 
 def _over_matrix(kernel: Any, m_RR: Tensor, m_NRR: Tensor, layout: Layout) -> None:
+    assert m_NRR.stride(2) == 1
     half = layout.size // 2
-    columns = min(_COLUMNS // 2, _power_of_2(half))
-    rows = _TILE // 4 // columns
+    columns = min(_COLUMNS, _power_of_2(half))
+    rows = max(1, _TURN_TILE // columns)
     grid = (_ceil(layout.size, rows), _ceil(half, columns), 1)
     cos, sin = rotation_angles(layout, m_RR.device)
-    _launch(kernel, grid, (m_RR, m_NRR, cos, sin), (), (layout.blocks, layout.size, rows, columns))
+    constants = (layout.blocks, layout.size, m_NRR.stride(0), m_NRR.stride(1), rows, columns)
+    _launch(kernel, grid, (m_RR, m_NRR, cos, sin), (), constants)
 
 
 @triton.jit
 def _pairs(SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where the tile's pairs (j, j + R / 2) lie: index of the first, the columns j, which are inside."""
+    """The tile's pairs of columns (j, j + R / 2): rows, columns j, which are inside."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    return row * SIZE + column, column, (row < SIZE) & (column < SIZE // 2)
+    return row, column, (row < SIZE) & (column < SIZE // 2)
 
 
 @triton.jit
-def _turn(m, turned, cos, sin, BLOCKS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    index, column, inside = _pairs(SIZE, ROWS, COLUMNS)
+def _turn(
+    m,
+    turned,
+    cos,
+    sin,
+    BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row, column, inside = _pairs(SIZE, ROWS, COLUMNS)
     half: tl.constexpr = SIZE // 2
-    first = tl.load(m + index, mask=inside, other=0).to(tl.float32)
-    second = tl.load(m + index + half, mask=inside, other=0).to(tl.float32)
+    first = tl.load(m + row * SIZE + column, mask=inside, other=0).to(tl.float32)
+    second = tl.load(m + row * SIZE + column + half, mask=inside, other=0).to(tl.float32)
     for block in range(BLOCKS):
         c = tl.load(cos + block * half + column, mask=column < half, other=0)
         s = tl.load(sin + block * half + column, mask=column < half, other=0)
-        out = turned + block * SIZE * SIZE + index
+        out = turned + block * BLOCK_STRIDE + row * ROW_STRIDE + column
         tl.store(out, (first * c + second * s).to(turned.dtype.element_ty), mask=inside)
         tl.store(out + half, (second * c - first * s).to(turned.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _turn_back(total, m, cos, sin, BLOCKS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    index, column, inside = _pairs(SIZE, ROWS, COLUMNS)
+def _turn_back(
+    total,
+    m,
+    cos,
+    sin,
+    BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row, column, inside = _pairs(SIZE, ROWS, COLUMNS)
     half: tl.constexpr = SIZE // 2
     sum_first = tl.zeros((ROWS, COLUMNS), tl.float32)
     sum_second = tl.zeros((ROWS, COLUMNS), tl.float32)
     for block in range(BLOCKS):
         c = tl.load(cos + block * half + column, mask=column < half, other=0)
         s = tl.load(sin + block * half + column, mask=column < half, other=0)
-        source = m + block * SIZE * SIZE + index
+        source = m + block * BLOCK_STRIDE + row * ROW_STRIDE + column
         first = tl.load(source, mask=inside, other=0).to(tl.float32)
         second = tl.load(source + half, mask=inside, other=0).to(tl.float32)
         sum_first += first * c - second * s
         sum_second += second * c + first * s
-    tl.store(total + index, sum_first.to(total.dtype.element_ty), mask=inside)
-    tl.store(total + index + half, sum_second.to(total.dtype.element_ty), mask=inside)
+    out = total + row * SIZE + column
+    tl.store(out, sum_first.to(total.dtype.element_ty), mask=inside)
+    tl.store(out + half, sum_second.to(total.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -348,5 +476,5 @@ def _compiled(kernel: Any, device: int, first: torch.dtype, second: torch.dtype,
 
 def works(device: torch.device) -> None:
     """Raises what Triton raises on a device that it has no code for, or a machine without a C compiler."""
-    if sum_groups(torch.ones(1, 16, device=device), 8, False, False).sum().item() != 16:
+    if sum_groups(torch.ones(1, 16, device=device), Groups(16, 8)).sum().item() != 16:
         raise RuntimeError("a sum of Triton's came out wrong")
