@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil
 from typing import Literal, Protocol, get_args
 
@@ -58,7 +58,7 @@ class Layout:
             if getattr(self, side) not in get_args(Grouping):
                 raise ValueError(f"`{side}` should be 'strided' or 'blocked', got {getattr(self, side)!r}.")
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """N: the blocks of x that reach the output. Where K > D, blocks whose output would be cut are left out."""
         return min(ceil(self.in_features / self.size), ceil(self.out_features / self.size))
