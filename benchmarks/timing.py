@@ -142,6 +142,15 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
     return peak
 
 
+def gpu_seconds(step: Callable[[], Any], times: int = 5) -> float:
+    """What a GPU computes in a step, as the sum over its kernels: no waiting for the CPU that launches them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(times):
+            step()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6 / times
+
+
 def saved_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
     """Bytes kept for the backward pass, each storage once, the module's own weights and buffers not counted."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}

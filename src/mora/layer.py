@@ -444,6 +444,8 @@ def _has_mask(dropout: nn.Module, operator: Operator, x_BK: Tensor) -> bool:
         and 0 < cast(nn.Dropout, dropout).p < 1
         and (kernel := kernel_of(operator, x_BK)) is not None
         and kernel.drops(x_BK.device)
+        # A CUDA graph would keep the seed.
+        and not (x_BK.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -226,13 +226,8 @@ def _kept(position, seed, dropped):
 @triton.jit
 def _first_of_group(group, FEATURES: tl.constexpr, SIZE: tl.constexpr, BLOCKED: tl.constexpr):
     """(index of a group's first value, from one of its values to the next)."""
-    if BLOCKED:
-        first = group * (FEATURES // SIZE) + tl.minimum(group, FEATURES % SIZE)
-        step: tl.constexpr = 1
-    else:
-        first = group
-        step: tl.constexpr = SIZE
-    return first, step
+    step: tl.constexpr = 1 if BLOCKED else SIZE
+    return group * (FEATURES // SIZE) + tl.minimum(group, FEATURES % SIZE) if BLOCKED else group, step
 
 
 @triton.jit

@@ -4,6 +4,7 @@ The folders stand in the order of the data's way: spec, data, methods, training,
 report. A folder imports only from those before it; `run.py` joins them into one run.
 """
 
+import atexit
 import gc
 import os
 import sys
@@ -28,5 +29,7 @@ def imported(name: str) -> ModuleType:
         return import_module(name)
     finally:
         gc.freeze()
+        if "triton" in sys.modules:  # which tells of every object that is left when the process ends
+            atexit.register(gc.unfreeze)
         if was_on:
             gc.enable()

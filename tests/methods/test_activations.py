@@ -168,3 +168,15 @@ def test_what_a_lora_layer_keeps_by_hand():
     # Frozen 2 P forwards and backwards; A and B twice that backwards: x needs its gradient too.
     assert found.forward == 2 * tokens * (k * d + 8 * (k + d))
     assert found.backward == 2 * tokens * k * d + 4 * tokens * 8 * (k + d)
+
+
+@pytest.mark.parametrize(("operator", "r"), [("sharing", 256), ("rotation", 8), ("truncation", 8)])
+def test_what_a_mora_layer_keeps_under_dropout(operator, r):
+    _, model = llama_7b("method=mora", f"r={r}", f"method.peft.operator={operator}")
+    layer = linear_modules(decoder(model)[2][0])["q_proj"]
+    assert layer.mora_dropout["default"].p > 0
+    tokens, k, size = 2 * 512, 4096, layer.mora_layout["default"].size
+    found = probe(layer, "q_proj", 2, 512, torch.bfloat16)
+    # Sharing its compressed input, the others their input; and PyTorch's dropout a mask of a byte.
+    kept = {"sharing": tokens * 2 * size, "rotation": 0, "truncation": tokens * (k + 2 * k)}
+    assert (found.kept, found.keeps_input) == (kept[operator], operator == "rotation")

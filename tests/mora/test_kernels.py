@@ -308,15 +308,19 @@ def test_dropout_acts_on_the_updates_input_alone(name, dropout, ways):
 
 
 @every_operator
-def test_without_triton_pytorchs_dropout_is_taken_on_a_gpu(monkeypatch, name):
-    monkeypatch.setattr(kernels, "_triton_kernels", lambda device: kernels._KERNELS)
+@pytest.mark.parametrize(("triton", "graph"), [(False, False), (True, False), (True, True)])
+def test_on_a_gpu_without_triton_or_in_a_cuda_graph_dropout_is_pytorchs(monkeypatch, name, triton, graph):
+    kernel = SimpleNamespace(drops=lambda device: True)
+    found = {name: (get_operator(name), kernel)} if triton else kernels._KERNELS
+    monkeypatch.setattr(kernels, "_triton_kernels", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: graph)
 
     def taken(device):
         x = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
         return layer._has_mask(nn.Dropout(0.1), get_operator(name), x)
 
     taken_on = {device: taken(device) for device in DEVICES}
-    assert taken_on == {"cpu": True, "meta": True, "cuda": False, "mps": False, "xpu": False}
+    assert taken_on == {"cpu": True, "meta": True, "cuda": triton and not graph, "mps": False, "xpu": False}
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])

@@ -1,5 +1,7 @@
 """The Triton kernels, on a GPU or else in Triton's interpreter, against the functions of operators.py."""
 
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -185,3 +187,10 @@ def test_a_machine_where_triton_does_not_work_is_told_so(monkeypatch):
     with pytest.warns(UserWarning, match="Triton fails there: division by zero"):
         assert kernels._triton_kernels(torch.device("cuda")) is kernels._KERNELS
     kernels._triton_kernels.cache_clear()
+
+
+def test_a_command_beside_triton_ends_without_a_word():
+    """Triton tells of objects that are left when a process ends, such as those set aside from the collector."""
+    program = "from mora_repro import imported; imported('mora_repro.start')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

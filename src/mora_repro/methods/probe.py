@@ -21,6 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mora import MoraLayer, get_operator
+from mora.kernels import kernel_of
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -95,14 +98,23 @@ class _MaskedDropout(nn.Module):
         return torch.native_dropout(x, self.p, True)[0]
 
 
+def _drops_by_itself(layer: nn.Module, tokens: int, dtype: torch.dtype) -> bool:
+    """MoRA's operators with a kernel keep no mask on a GPU either."""
+    if not isinstance(layer, MoraLayer):
+        return False
+    like = torch.empty(0, dtype=dtype, device="meta")
+    adapters = [(kernel_of(get_operator(layer.mora_operator[name]), like), layer.mora_layout[name]) for name in layer.r]
+    return all(kernel is not None and kernel.pays(tokens, layout, dtype) for kernel, layout in adapters)
+
+
 def probe(layer: nn.Module, name: str, samples: int, length: int, dtype: torch.dtype, cuda: bool = True) -> Linear:
     """Run a linear layer on the meta device on `samples` x `length` tokens in `dtype`.
 
     Args:
-        cuda: dropout keeps what it does on a GPU, else what it does on a CPU.
+        cuda: dropout keeps what it does on a GPU that has Triton, else what it does on a CPU.
     """
     layer = copy.deepcopy(layer).to(dtype).train()
-    if cuda:
+    if cuda and not _drops_by_itself(layer, samples * length, dtype):
         for module in list(layer.modules()):
             for child, dropout in module.named_children():
                 if isinstance(dropout, nn.Dropout):
