@@ -9,6 +9,7 @@ splittable pseudorandom number generators", 2014); the hash is two multiplicatio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,12 +42,12 @@ class Mask:
         """One with a seed of torch's generator of the CPU, so that `torch.manual_seed` and checkpoints hold for it."""
         return Mask(int(torch.randint(torch.iinfo(torch.int64).max, (), device="cpu")), p)
 
-    @property
+    @cached_property
     def dropped(self) -> int:
         """p in units of 1 / LEVELS; at most LEVELS - 1, so that something is kept."""
         return min(round(self.p * LEVELS), LEVELS - 1)
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """What the kept values are multiplied by, so that the expectation is that without dropout."""
         return LEVELS / (LEVELS - self.dropped)

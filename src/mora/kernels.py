@@ -57,7 +57,9 @@ _NOTHING = nullcontext()
 
 
 class Kernel(Protocol):
-    """An operator's step on tokens in one dimension. A mask is of dropout of x, and its scale is in M."""
+    """An operator's step on tokens in one dimension. A mask is of dropout of x."""
+
+    scales: bool  # whether it takes the mask's scale into account; else M has it, and its gradient gets it
 
     def products(self, layout: Layout) -> int:
         """Multiplications by M's entries for each token."""
@@ -94,6 +96,8 @@ class Kernel(Protocol):
 
 class SharingKernel:
     """y += decompress(M c) for c = compress(x); the gradient of M is (decompress^T g)^T c."""
+
+    scales = False
 
     def products(self, layout: Layout) -> int:
         return layout.size**2
@@ -163,6 +167,8 @@ class BlockKernel:
     M is turned, once for each block, and the tokens are not. The gradient of M is the sum of those of the M_n, each
     turned back.
     """
+
+    scales = False
 
     def __init__(
         self, matrices: Callable[[Tensor, Layout], Tensor], matrices_adjoint: Callable[[Tensor, Layout], Tensor]
@@ -382,7 +388,7 @@ class _Update:
         return x_grad, None if m_grad is None else self._scaled(m_grad)
 
     def _scaled(self, m_RR: Tensor) -> Tensor:
-        return m_RR if self.mask is None else m_RR * self.mask.scale
+        return m_RR if self.mask is None or self.kernel.scales else m_RR * self.mask.scale
 
 
 def add_update(

@@ -40,6 +40,8 @@ _ALL, _SIGN = tl.constexpr(LEVELS - 1), tl.constexpr(LEVELS // 2)
 class TritonSharing(SharingKernel):
     """Sums over groups and their transpose in one pass over the tokens, with dropout in it; products of width W."""
 
+    scales = True
+
     def drops(self, device: torch.device) -> bool:
         return True
 
@@ -68,6 +70,8 @@ class TritonBlocks(BlockKernel):
     Those are blocks of an R that is no multiple of 16 bytes, and those with something to do on the way: dropout, or
     outputs that are repeated.
     """
+
+    scales = True
 
     def drops(self, device: torch.device) -> bool:
         return True
@@ -179,7 +183,7 @@ def sum_groups(x_TF: Tensor, groups: Groups, mask: Mask | None = None) -> Tensor
     """The sum over each group of values, T x N x W in x's dtype (T x W where N is 1), summed up in fp32.
 
     Args:
-        mask: of a dropout of x, without its scale; default: none.
+        mask: of a dropout of x, whose scale is in the sums; default: none.
     """
     x_TF = x_TF.contiguous()
     width = _width(groups.length, x_TF)
@@ -189,12 +193,12 @@ def sum_groups(x_TF: Tensor, groups: Groups, mask: Mask | None = None) -> Tensor
 
 
 def add_to_groups(y_TF: Tensor, values: Tensor, groups: Groups, mask: Mask | None = None, fresh: bool = False) -> None:
-    """y += the value of each one's group, times the mask, in place: the transpose of [`sum_groups`].
+    """y += the value of each one's group, or nothing where dropped, in place: the transpose of [`sum_groups`].
 
     Args:
         y_TF: contiguous.
         values: of the shape that `sum_groups` gives.
-        mask: of a dropout, without its scale; default: none.
+        mask: of a dropout, whose scale is in what is added; default: none.
         fresh: y is written, and what it held before is not read.
     """
     _over_groups(_add_to_groups, _ADD_TILE, y_TF, values.contiguous(), groups, mask, fresh)
@@ -206,10 +210,10 @@ def _over_groups(
     (tokens, stride), width = x_TF.shape, values.shape[-1]
     columns = min(_COLUMNS, _power_of_2(width))
     rows = tile // columns
-    seed, dropped = (mask.seed, mask.dropped) if mask else (0, 0)
+    dropout = (mask.scale, mask.dropped, mask.seed) if mask else (1.0, 0, 0)
     constants = (stride, *groups, width, mask is not None, rows, columns, *fresh)
     grid = (_ceil(tokens, rows), _ceil(width, columns), groups.blocks)
-    _launch(kernel, grid, (x_TF, values), (tokens, dropped, seed), constants)
+    _launch(kernel, grid, (x_TF, values), (tokens, *dropout), constants)
 
 
 @triton.jit
@@ -239,11 +243,12 @@ def _read(x, index, inside, seed, dropped, MASKED: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["tokens", "dropped", "seed"])
+@triton.jit(do_not_specialize=["tokens", "scale", "dropped", "seed"])
 def _sum_groups(
     x,
     sums,
     tokens,
+    scale,
     dropped,
     seed,
     STRIDE: tl.constexpr,
@@ -273,6 +278,8 @@ def _sum_groups(
         total += _read(x, index + whole * step, inside & (group < past), seed, dropped, MASKED)
         if WRAP:
             total += _read(x, index - past, inside & (group >= past), seed, dropped, MASKED)
+    if MASKED:
+        total *= scale
     out = sums + (token * BLOCKS + tl.program_id(2)) * WIDTH + column
     tl.store(out, total.to(sums.dtype.element_ty), mask=(token < tokens) & (column < WIDTH))
 
@@ -286,11 +293,12 @@ def _add(y, index, value, inside, seed, dropped, MASKED: tl.constexpr, FRESH: tl
     tl.store(y + index, value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "dropped", "seed"])
+@triton.jit(do_not_specialize=["tokens", "scale", "dropped", "seed"])
 def _add_to_groups(
     y,
     values,
     tokens,
+    scale,
     dropped,
     seed,
     STRIDE: tl.constexpr,
@@ -317,11 +325,14 @@ def _add_to_groups(
     index = token * STRIDE + first
     row = values + token * BLOCKS * WIDTH
     value = tl.load(row + block * WIDTH + column, mask=inside, other=0).to(tl.float32)
+    if MASKED:
+        value *= scale
     twice = value
     if WRAP and past > 0:  # the first values are also in the group that lies `past` further
         other = group + past
         source = row + (other // LENGTH) * WIDTH + other % LENGTH
-        twice += tl.load(source, mask=inside & (other < size), other=0).to(tl.float32)
+        second = tl.load(source, mask=inside & (other < size), other=0).to(tl.float32)
+        twice += second * scale if MASKED else second
     if whole > 0:
         _add(y, index, twice, inside, seed, dropped, MASKED, FRESH)
         for member in tl.range(1, whole, loop_unroll_factor=4):
@@ -440,7 +451,7 @@ def _power_of_2(n: int) -> int:
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], values: tuple[int, ...], constants: tuple
+    kernel: Any, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], values: tuple[float, ...], constants: tuple
 ) -> None:
     """Run a kernel of (tensors, values, constants); nothing where the grid is empty.
 
@@ -463,9 +474,9 @@ def _compiled(kernel: Any, device: int, first: torch.dtype, second: torch.dtype,
     """For tensors at multiples of 16 bytes.
 
     Args:
-        turns: two tables in fp32 follow; default: (tokens, dropped, seed), the seed of 64 bits.
+        turns: two tables in fp32 follow; else (tokens, scale, dropped, seed), the seed of 64 bits.
     """
-    others = (torch.float32, torch.float32) if turns else (1, 1, 1 << 62)
+    others = (torch.float32, torch.float32) if turns else (1, 1.0, 1, 1 << 62)
     return kernel.warmup(first, second, *others, *constants, grid=(1,))
 
 

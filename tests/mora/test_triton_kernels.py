@@ -61,7 +61,7 @@ def near_with_zeros_behind(mine, other, dtype):
 def check_sharing(layout, tokens, dtype, mask):
     ins, outs = triton_kernels._inputs(layout), triton_kernels._outputs(layout)
     x, g, y = (random(tokens, n, dtype=dtype) for n in (layout.in_features, layout.out_features, layout.out_features))
-    kept = 1 if mask is None else mask.of(x.shape, x).double()
+    kept = 1 if mask is None else mask.of(x.shape, x).double() * mask.scale
     near_with_zeros_behind(sum_groups(x, ins, mask), sharing_compress(x.double() * kept, layout), dtype)
     near_with_zeros_behind(sum_groups(g, outs), sharing_decompress_adjoint(g.double(), layout), dtype)
     u = sum_groups(g, outs)  # with zeros behind, as they come
@@ -111,7 +111,7 @@ def test_more_groups_than_a_tile_has_and_more_members(features, size, grouping):
 def test_tensors_that_start_anywhere_and_tokens_that_do_not_follow_each_other():
     layout, whole = Layout(24, 24, 10), random(7, 50)
     x, onto, mask = whole[:, 1:25], random(7 * 24 + 1)[1:].view(7, 24), Mask(1, 0.5)
-    expected = sharing_compress(dropped(x, mask).double() / mask.scale, layout)
+    expected = sharing_compress(dropped(x, mask).double(), layout)
     near_with_zeros_behind(sum_groups(x, Groups(24, 10, wrap=True), mask), expected, torch.float32)
     values = random(7, 24)[:, :12]
     expected = onto.double() + sharing_decompress(values[:, :10].double(), layout)
