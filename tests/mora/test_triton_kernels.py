@@ -1,8 +1,10 @@
 """The Triton kernels, on a GPU or else in Triton's interpreter, against the functions of operators.py."""
 
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +181,19 @@ def test_which_kernels_a_gpu_takes():
     x = torch.ones(1, device="cuda")
     assert isinstance(kernels.kernel_of(get_operator("sharing"), x), TritonSharing)
     assert not isinstance(kernels.kernel_of(get_operator("sharing"), x.double()), TritonSharing)
+
+
+def test_the_kernels_compile_for_a_gpu_and_are_launched_with_what_they_take():
+    script = Path(__file__).with_name("compiled_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {
+        "_sum_groups",
+        "_add_to_groups",
+        "_turn",
+        "_turn_back",
+    }
 
 
 def test_a_machine_where_triton_does_not_work_is_told_so(monkeypatch):
