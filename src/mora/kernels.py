@@ -10,9 +10,10 @@ compressed form (sharing), or x itself, which layers of the same input share (th
     folded       x (W + delta)^T in one product: the adapter's products of the forward pass and for the gradient of x
                  cost nothing, the sum costs two passes over the weight. Only where W + delta loses no digits.
 
-The first two take dropout in: its mask is computed anew where it is needed, and its scale is multiplied into M.
+The first two take dropout in: its mask is computed anew where it is needed. Which way is taken, [`mora.layer.Linear`]
+decides. On a GPU, triton_kernels.py computes what surrounds the products in each of them.
 
-Which one is taken, [`mora.layer.Linear`] decides. None can be differentiated twice, forwards (`forward_ad`) or for many
+None can be differentiated twice, forwards (`forward_ad`) or for many
 gradients at once (`is_grads_batched`); PyTorch says so in an error. Inputs are cast before, so that autocast is off
 within: it would give a sum in fp32, and a gradient another dtype than the tensors that it is added to.
 

@@ -201,6 +201,7 @@ def add_to_groups(y_TF: Tensor, values: Tensor, groups: Groups, mask: Mask | Non
         mask: of a dropout, whose scale is in what is added; default: none.
         fresh: y is written, and what it held before is not read.
     """
+    assert y_TF.is_contiguous()
     _over_groups(_add_to_groups, _ADD_TILE, y_TF, values.contiguous(), groups, mask, fresh)
 
 
