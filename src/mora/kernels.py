@@ -313,8 +313,7 @@ def _blocks(t_TF: Tensor, full: int, layout: Layout) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 # Which kernel computes an operator
 
-Kernels = dict[str, tuple[Operator, Kernel]]
-_KERNELS: Kernels = {
+_KERNELS: dict[str, tuple[Operator, Kernel]] = {
     "sharing": (get_operator("sharing"), SharingKernel()),
     "decoupling": (get_operator("decoupling"), BlockKernel(decoupling_matrices, decoupling_matrices_adjoint)),
     "rotation": (get_operator("rotation"), BlockKernel(rotation_matrices, rotation_matrices_adjoint)),
@@ -326,15 +325,17 @@ def kernel_of(operator: Operator, x: Tensor) -> Kernel | None:
 
     One that a user registers under the same name is computed by its own functions.
     """
-    # Triton's sum up in single precision.
-    kernels = _triton_kernels(x.device) if x.device.type == "cuda" and x.dtype != torch.float64 else _KERNELS
-    known, kernel = kernels.get(operator.name, (None, None))
-    return kernel if known is operator else None
+    known, kernel = _KERNELS.get(operator.name, (None, None))
+    if known is not operator:
+        return None
+    if x.device.type == "cuda" and x.dtype != torch.float64:  # Triton's sum up in single precision
+        return _triton_kernels(x.device).get(operator.name, kernel)
+    return kernel
 
 
 @cache
-def _triton_kernels(device: torch.device) -> Kernels:
-    """Those of a GPU; without Triton's where that doesn't work, and a warning."""
+def _triton_kernels(device: torch.device) -> dict[str, Kernel]:
+    """Those of a GPU, by the operator's name; none, and a warning, where Triton doesn't work."""
     try:
         from . import triton_kernels as triton
 
@@ -342,13 +343,12 @@ def _triton_kernels(device: torch.device) -> Kernels:
     except Exception as error:  # Triton has many
         text = (str(error) or type(error).__name__).splitlines()[0]
         warnings.warn(f"MoRA's training step takes longer on {device}, since Triton fails there: {text}", stacklevel=2)
-        return _KERNELS
-    own: dict[str, Kernel] = {
+        return {}
+    return {
         "sharing": triton.TritonSharing(),
         "decoupling": triton.TritonBlocks(decoupling_matrices, decoupling_matrices_adjoint),
         "rotation": triton.TritonBlocks(triton.rotation_matrices, triton.rotation_matrices_adjoint),
     }
-    return {name: (operator, own[name]) for name, (operator, _) in _KERNELS.items()}
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -477,9 +477,9 @@ def _has_kernel(operator: Operator, layout: Layout, x_BK: Tensor, *tensors: Tens
     return (
         not torch.compiler.is_compiling()  # before the number of tokens, which it would take for fixed
         and not torch.jit.is_tracing()
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x_BK, *tensors))
         and (kernel := kernel_of(operator, x_BK)) is not None
         and kernel.pays(_tokens(x_BK), layout, x_BK.dtype)
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x_BK, *tensors))
         and not torch._C._are_functorch_transforms_active()
         and not any(isinstance(mode, _KEEP_PRODUCTS) for mode in _get_current_dispatch_mode_stack())
     )

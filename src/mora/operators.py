@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from math import ceil
 from typing import Literal, Protocol, get_args
 
@@ -39,6 +39,8 @@ class Layout:
         in_grouping: sharing only: which values of x are summed, see [`sharing_compress`].
         out_grouping: sharing only: which outputs share a value.
 
+    `blocks` is N: the blocks of x that reach the output. Where K > D, blocks whose output would be cut are left out.
+
     Raises ValueError: a size outside of these bounds, an unknown grouping.
     """
 
@@ -47,6 +49,7 @@ class Layout:
     size: int
     in_grouping: Grouping = "strided"
     out_grouping: Grouping = "strided"
+    blocks: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= min(self.in_features, self.out_features):
@@ -57,11 +60,8 @@ class Layout:
         for side in ("in_grouping", "out_grouping"):
             if getattr(self, side) not in get_args(Grouping):
                 raise ValueError(f"`{side}` should be 'strided' or 'blocked', got {getattr(self, side)!r}.")
-
-    @cached_property
-    def blocks(self) -> int:
-        """N: the blocks of x that reach the output. Where K > D, blocks whose output would be cut are left out."""
-        return min(ceil(self.in_features / self.size), ceil(self.out_features / self.size))
+        blocks = ceil(min(self.in_features, self.out_features) / self.size)
+        object.__setattr__(self, "blocks", blocks)  # read often, and the dataclass is frozen
 
 
 class DenseForm(Protocol):

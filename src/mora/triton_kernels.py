@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
-from triton.runtime.interpreter import InterpretedFunction
+from triton import knobs
 
 from .dropout import FACTOR, LEVELS, STEP, VALUES, Mask
 from .kernels import BlockKernel, SharingKernel
@@ -26,6 +26,8 @@ from .operators import Layout, rotation_angles
 
 # Values of a tile, and its columns at most; as measured on an H100.
 _SUM_TILE, _ADD_TILE, _TURN_TILE, _COLUMNS = 1024, 2048, 512, 512
+
+_INTERPRETED_OR_AMD = knobs.runtime.interpret or torch.version.hip is not None
 
 # As Triton reads a global.
 _FACTOR, _STEP = tl.constexpr(FACTOR), tl.constexpr(STEP)
@@ -99,8 +101,11 @@ class TritonBlocks(BlockKernel):
         x_grad = m_grad = None
         if m_RR is not None:
             c_TNW = _products(g_TNW, self._matrices_of_width(m_RR, layout))
-            x_grad = g_TD.new_zeros(len(g_TD), layout.in_features) if onto_TK is None else onto_TK
-            add_to_groups(x_grad, c_TNW, _input_blocks(layout), mask)
+            blocks, x_grad = _input_blocks(layout), onto_TK
+            if x_grad is None:
+                x_grad = g_TD.new_empty(len(g_TD), layout.in_features)
+                x_grad[:, blocks.features :] = 0  # not read
+            add_to_groups(x_grad, c_TNW, blocks, mask, fresh=onto_TK is None)
         if kept is not None:
             x_TNW = _cut(kept, _input_blocks(layout), mask)
             m_NWW = torch.bmm(g_TNW.permute(1, 2, 0), x_TNW.transpose(0, 1))
@@ -126,7 +131,7 @@ def _products(x_TNW: Tensor, m_NWW: Tensor) -> Tensor:
 
 
 def _lies_well(layout: Layout, t: Tensor) -> bool:
-    """Every block, and every row of tokens, begins at a multiple of 16 bytes; and no output is repeated."""
+    """Every block begins at a multiple of 16 bytes from the tensor's first value; and no output is repeated."""
     sides = (layout.size, layout.in_features, layout.out_features)
     return layout.out_features <= layout.blocks * layout.size and all(_width(side, t) == side for side in sides)
 
@@ -364,7 +369,7 @@ def rotation_matrices_adjoint(m_NRR: Tensor, layout: Layout) -> Tensor:
 
 
 def _over_matrix(kernel: Any, m_RR: Tensor, m_NRR: Tensor, layout: Layout) -> None:
-    assert m_NRR.stride(2) == 1
+    assert m_NRR.stride(2) == 1 and layout.size % 2 == 0
     half = layout.size // 2
     columns = min(_COLUMNS, _power_of_2(half))
     rows = max(1, _TURN_TILE // columns)
@@ -457,13 +462,13 @@ def _launch(
     """Run a kernel of (tensors, values, constants); nothing where the grid is empty.
 
     `kernel[grid](...)` looks at every argument anew, which takes longer than a small kernel. Of what it looks at,
-    only dtypes and alignment can differ here.
+    only dtypes and alignment can differ here; for AMD's GPUs also whether a tensor is larger than 2 GiB.
     """
     if 0 in grid:
         return
     first, second = tensors[:2]
     with torch.cuda.device_of(first):
-        if isinstance(kernel, InterpretedFunction) or (first.data_ptr() | second.data_ptr()) % 16:
+        if _INTERPRETED_OR_AMD or (first.data_ptr() | second.data_ptr()) % 16:
             kernel[grid](*tensors, *values, *constants)
         else:
             compiled = _compiled(kernel, first.get_device(), first.dtype, second.dtype, len(tensors) > 2, constants)

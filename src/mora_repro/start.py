@@ -12,12 +12,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from .disk import write_atomically
-from .distributed import VARIABLES, first_to_fail, is_main, join, leave, rank, say, size, started_by_a_launcher
+from .distributed import VARIABLES, first_to_fail, join, leave, rank, say, size, started_by_a_launcher
 from .errors import UserError
 from .machine import refuse_this_machine
 from .results.records import Store
 from .run import run, shown
-from .signals import wait_to_be_ended
 from .spec import INTERRUPTED, RunSpec
 from .spec.options import Options, RunFile
 from .training import (
@@ -99,10 +98,8 @@ def as_launched(spec: RunSpec, options: Options) -> int:
     try:
         refuse_this_machine(spec, size())
     except UserError as error:
-        if is_main():
-            say(f"error: {error}")
-        else:
-            wait_to_be_ended()
+        if first_to_fail():
+            print(f"error: {_where()}{error}", file=sys.stderr)
         return 2
     status = as_one_of_many(spec, options)
     if status == 0 and (record := Store(options.out).load(spec.id)):
@@ -128,14 +125,17 @@ def as_one_of_many(spec: RunSpec, options: Options, need_weights: bool = False) 
         status = INTERRUPTED
     except Exception as error:
         status = 2 if isinstance(error, UserError) else 1
-        where = f"rank {rank()} of {size()}: " if size() > 1 else ""
         if not report_error(error, traceback.format_exc()) and first_to_fail():
             if status == 1:
                 traceback.print_exc()
-            print(f"error: {where}{error}", file=sys.stderr)
+            print(f"error: {_where()}{error}", file=sys.stderr)
     # At once: whoever waits for this process notices, and no queue of a GPU holds it.
     sys.stderr.flush()
     os._exit(status)
+
+
+def _where() -> str:
+    return f"rank {rank()} of {size()}: " if size() > 1 else ""
 
 
 def show_warnings() -> None:

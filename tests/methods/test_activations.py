@@ -180,3 +180,7 @@ def test_what_a_mora_layer_keeps_under_dropout(operator, r):
     # Sharing its compressed input, the others their input; and PyTorch's dropout a mask of a byte.
     kept = {"sharing": tokens * 2 * size, "rotation": 0, "truncation": tokens * (k + 2 * k)}
     assert (found.kept, found.keeps_input) == (kept[operator], operator == "rotation")
+    # Under ZeRO 3 modules have hooks, and dropout is PyTorch's: rotation keeps the dropped input, as truncation does.
+    hooked = probe(layer, "q_proj", 2, 512, torch.bfloat16, hooks=True)
+    kept = {"sharing": tokens * (k + 2 * size), "rotation": tokens * (k + 2 * k), "truncation": tokens * (k + 2 * k)}
+    assert (hooked.kept, hooked.keeps_input) == (kept[operator], False)

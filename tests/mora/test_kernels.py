@@ -311,8 +311,7 @@ def test_dropout_acts_on_the_updates_input_alone(name, dropout, ways):
 @pytest.mark.parametrize(("triton", "graph"), [(False, False), (True, False), (True, True)])
 def test_on_a_gpu_without_triton_or_in_a_cuda_graph_dropout_is_pytorchs(monkeypatch, name, triton, graph):
     kernel = SimpleNamespace(drops=lambda device: True)
-    found = {name: (get_operator(name), kernel)} if triton else kernels._KERNELS
-    monkeypatch.setattr(kernels, "_triton_kernels", lambda device: found)
+    monkeypatch.setattr(kernels, "_triton_kernels", lambda device: {name: kernel} if triton else {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: graph)
 
     def taken(device):

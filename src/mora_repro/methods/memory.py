@@ -180,7 +180,8 @@ def probes(spec: RunSpec, model: nn.Module, samples: int, length: int, device: D
     """The linear layers of a decoder layer on a micro-batch, by name; arguments as of `memory`."""
     dtype = torch.bfloat16 if precision(spec) == "bf16" else torch.float32
     modules = linear_modules(decoder(model)[2][0])
-    return {name: probe(each, name, samples, length, dtype, device == "cuda") for name, each in modules.items()}
+    how = (samples, length, dtype, device == "cuda", spec.trainer.stage == 3)
+    return {name: probe(each, name, *how) for name, each in modules.items()}
 
 
 # Layers that read the same input, which is kept once; and that which attention keeps anyway.

@@ -107,18 +107,24 @@ def _drops_by_itself(layer: nn.Module, tokens: int, dtype: torch.dtype) -> bool:
     return all(kernel is not None and kernel.pays(tokens, layout, dtype) for kernel, layout in adapters)
 
 
-def probe(layer: nn.Module, name: str, samples: int, length: int, dtype: torch.dtype, cuda: bool = True) -> Linear:
+def probe(
+    layer: nn.Module, name: str, samples: int, length: int, dtype: torch.dtype, cuda: bool = True, hooks: bool = False
+) -> Linear:
     """Run a linear layer on the meta device on `samples` x `length` tokens in `dtype`.
 
     Args:
         cuda: dropout keeps what it does on a GPU that has Triton, else what it does on a CPU.
+        hooks: modules have hooks, as under ZeRO 3, which some layers compute otherwise with.
     """
     layer = copy.deepcopy(layer).to(dtype).train()
-    if cuda and not _drops_by_itself(layer, samples * length, dtype):
+    if cuda and (hooks or not _drops_by_itself(layer, samples * length, dtype)):
         for module in list(layer.modules()):
             for child, dropout in module.named_children():
                 if isinstance(dropout, nn.Dropout):
                     setattr(module, child, _MaskedDropout(dropout.p))
+    if hooks:
+        for module in layer.modules():
+            module.register_forward_hook(lambda *_: None)
     in_features, out_features = sides(layer)
     x = torch.empty(samples, length, in_features, dtype=dtype, device="meta", requires_grad=True)
     fixed = {_place(tensor) for tensor in (*layer.parameters(), *layer.buffers())}

@@ -251,8 +251,10 @@ def _is_first() -> bool:
 def _exit(error: UserError) -> None:
     if _is_first():
         print(f"error: {error}", file=sys.stderr)
+    elif wait_to_be_ended():
+        os._exit(2)  # at once: a second signal finds nothing that it could interrupt
     else:
-        wait_to_be_ended()
+        print(f"error: rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))}: {error}", file=sys.stderr)
     sys.exit(2)
 
 
