@@ -52,13 +52,13 @@ class TritonSharing(SharingKernel):
         return pad(m_RR, (0, missing, 0, missing)) if missing else m_RR
 
     def _compressed(self, x_TK: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
-        return sum_groups(x_TK, _inputs(layout), mask)
+        return sum_groups(x_TK, _inputs(layout), mask).squeeze(1)
 
     def _add_decompressed(self, y_TD: Tensor, u_TW: Tensor, layout: Layout) -> None:
         add_to_groups(y_TD, u_TW, _outputs(layout))
 
     def _decompressed_adjoint(self, g_TD: Tensor, layout: Layout) -> Tensor:
-        return sum_groups(g_TD, _outputs(layout))
+        return sum_groups(g_TD, _outputs(layout)).squeeze(1)
 
     def _compressed_adjoint(self, c_TW: Tensor, layout: Layout, onto_TK: Tensor | None, mask: Mask | None) -> Tensor:
         x_TK = c_TW.new_empty(len(c_TW), layout.in_features) if onto_TK is None else onto_TK
@@ -81,7 +81,7 @@ class TritonBlocks(BlockKernel):
     def add_(self, y_TD: Tensor, x_TK: Tensor, m_RR: Tensor, layout: Layout, mask: Mask | None) -> Tensor:
         if mask is None and _lies_well(layout, x_TK):
             return super().add_(y_TD, x_TK, m_RR, layout, mask)
-        x_TNW = _cut(x_TK, _input_blocks(layout), mask)
+        x_TNW = sum_groups(x_TK, _input_blocks(layout), mask)
         u_TNW = _products(x_TNW, self._matrices_of_width(m_RR, layout).mT)
         add_to_groups(y_TD, u_TNW, _output_blocks(layout))
         return x_TK
@@ -97,7 +97,7 @@ class TritonBlocks(BlockKernel):
     ) -> tuple[Tensor | None, Tensor | None]:
         if mask is None and _lies_well(layout, g_TD):
             return super().gradients(g_TD, kept, m_RR, layout, onto_TK, mask)
-        g_TNW = _cut(g_TD, _output_blocks(layout), None)
+        g_TNW = sum_groups(g_TD, _output_blocks(layout))
         x_grad = m_grad = None
         if m_RR is not None:
             c_TNW = _products(g_TNW, self._matrices_of_width(m_RR, layout))
@@ -107,7 +107,7 @@ class TritonBlocks(BlockKernel):
                 x_grad[:, blocks.features :] = 0  # not read
             add_to_groups(x_grad, c_TNW, blocks, mask, fresh=onto_TK is None)
         if kept is not None:
-            x_TNW = _cut(kept, _input_blocks(layout), mask)
+            x_TNW = sum_groups(kept, _input_blocks(layout), mask)
             m_NWW = torch.bmm(g_TNW.permute(1, 2, 0), x_TNW.transpose(0, 1))
             m_grad = self.matrices_adjoint(m_NWW[:, : layout.size, : layout.size], layout).to(kept.dtype)
         return x_grad, m_grad
@@ -116,11 +116,6 @@ class TritonBlocks(BlockKernel):
         m_NRR = self.matrices(m_RR, layout)
         missing = _width(layout.size, m_RR) - layout.size
         return pad(m_NRR, (0, missing, 0, missing)) if missing else m_NRR
-
-
-def _cut(x_TF: Tensor, blocks: Groups, mask: Mask | None) -> Tensor:
-    sums = sum_groups(x_TF, blocks, mask)
-    return sums.view(len(sums), blocks.blocks, sums.shape[-1])
 
 
 def _products(x_TNW: Tensor, m_NWW: Tensor) -> Tensor:
@@ -185,16 +180,15 @@ def _output_blocks(layout: Layout) -> Groups:
 
 
 def sum_groups(x_TF: Tensor, groups: Groups, mask: Mask | None = None) -> Tensor:
-    """The sum over each group of values, T x N x W in x's dtype (T x W where N is 1), summed up in fp32.
+    """The sum over each group of values, T x N x W in x's dtype, summed up in fp32.
 
     Args:
         mask: of a dropout of x, whose scale is in the sums; default: none.
     """
     x_TF = x_TF.contiguous()
-    width = _width(groups.length, x_TF)
-    sums = x_TF.new_empty((len(x_TF), width) if groups.blocks == 1 else (len(x_TF), groups.blocks, width))
-    _over_groups(_sum_groups, _SUM_TILE, x_TF, sums, groups, mask)
-    return sums
+    sums_TNW = x_TF.new_empty(len(x_TF), groups.blocks, _width(groups.length, x_TF))
+    _over_groups(_sum_groups, _SUM_TILE, x_TF, sums_TNW, groups, mask)
+    return sums_TNW
 
 
 def add_to_groups(y_TF: Tensor, values: Tensor, groups: Groups, mask: Mask | None = None, fresh: bool = False) -> None:
@@ -202,7 +196,7 @@ def add_to_groups(y_TF: Tensor, values: Tensor, groups: Groups, mask: Mask | Non
 
     Args:
         y_TF: contiguous.
-        values: of the shape that `sum_groups` gives.
+        values: of the shape that `sum_groups` gives, or without N where that is 1.
         mask: of a dropout, whose scale is in what is added; default: none.
         fresh: y is written, and what it held before is not read.
     """
