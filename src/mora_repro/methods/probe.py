@@ -9,20 +9,19 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-
-from mora import MoraLayer, get_operator
-from mora.kernels import kernel_of
 
 
 @dataclass(frozen=True)
@@ -87,24 +86,13 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _MaskedDropout(nn.Module):
-    """Dropout as CUDA has it: what it keeps is a mask of a byte per value. The meta device has it as a CPU does."""
+class _DropoutOfCuda(TorchFunctionMode):
+    """Dropout keeps a mask of a byte per value, as on a GPU. The meta device has it as a CPU does."""
 
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, self.p, True)[0]
-
-
-def _drops_by_itself(layer: nn.Module, tokens: int, dtype: torch.dtype) -> bool:
-    """MoRA's operators with a kernel keep no mask on a GPU either."""
-    if not isinstance(layer, MoraLayer):
-        return False
-    like = torch.empty(0, dtype=dtype, device="meta")
-    adapters = [(kernel_of(get_operator(layer.mora_operator[name]), like), layer.mora_layout[name]) for name in layer.r]
-    return all(kernel is not None and kernel.pays(tokens, layout, dtype) for kernel, layout in adapters)
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.dropout:
+            return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
+        return function(*args, **(kwargs or {}))
 
 
 def probe(
@@ -117,11 +105,6 @@ def probe(
         hooks: modules have hooks, as under ZeRO 3, which some layers compute otherwise with.
     """
     layer = copy.deepcopy(layer).to(dtype).train()
-    if cuda and (hooks or not _drops_by_itself(layer, samples * length, dtype)):
-        for module in list(layer.modules()):
-            for child, dropout in module.named_children():
-                if isinstance(dropout, nn.Dropout):
-                    setattr(module, child, _MaskedDropout(dropout.p))
     if hooks:
         for module in layer.modules():
             module.register_forward_hook(lambda *_: None)
@@ -134,7 +117,8 @@ def probe(
         held.add(one := _Held(tensor))
         return one
 
-    with _Live() as live, torch.autograd.graph.saved_tensors_hooks(hold, lambda one: one.tensor):
+    dropout = _DropoutOfCuda() if cuda else nullcontext()
+    with dropout, _Live() as live, torch.autograd.graph.saved_tensors_hooks(hold, lambda one: one.tensor):
         y = cast(Tensor, layer(x))
     by_place = {_place(one.tensor): one.tensor.untyped_storage().nbytes() for one in held}
     keeps_input = _place(x) in by_place
