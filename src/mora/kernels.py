@@ -13,9 +13,9 @@ compressed form (sharing), or x itself, which layers of the same input share (th
 The first two take dropout in: its mask is computed anew where it is needed. Which way is taken, [`mora.layer.Linear`]
 decides. On a GPU, triton_kernels.py computes what surrounds the products in each of them.
 
-None can be differentiated twice, forwards (`forward_ad`) or for many
-gradients at once (`is_grads_batched`); PyTorch says so in an error. Inputs are cast before, so that autocast is off
-within: it would give a sum in fp32, and a gradient another dtype than the tensors that it is added to.
+None can be differentiated twice, forwards (`forward_ad`) or for many gradients at once (`is_grads_batched`); PyTorch
+says so in an error. Inputs are cast before, so that autocast is off within: it would give a sum in fp32, and a gradient
+another dtype than the tensors that it is added to.
 
 Shape suffixes as in operators.py, and
     T   tokens: all batch dimensions in one
@@ -38,6 +38,7 @@ from torch.nn.functional import linear
 
 from .dropout import Mask
 from .operators import (
+    HALF,
     Layout,
     Operator,
     add_repeated,
@@ -53,7 +54,6 @@ from .operators import (
     sum_repeated,
 )
 
-HALF = (torch.bfloat16, torch.float16)
 _NOTHING = nullcontext()
 
 
@@ -503,6 +503,9 @@ def _in_one(x_BF: Tensor) -> Tensor:
 
 def _as_it_is(tensor: Tensor) -> AbstractContextManager[Any]:
     """Without autocast."""
+    return torch.autocast(tensor.device.type, enabled=False) if under_autocast(tensor) else _NOTHING
+
+
+def under_autocast(tensor: Tensor) -> bool:
     kind = tensor.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
-    return torch.autocast(kind, enabled=False) if on else _NOTHING
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none

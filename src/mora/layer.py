@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import MoraConfig
 from .dropout import Mask
-from .kernels import add_update, kernel_of, with_base
-from .operators import Grouping, Layout, Operator, get_operator
+from .kernels import add_update, kernel_of, under_autocast, with_base
+from .operators import HALF, Grouping, Layout, Operator, get_operator
 
 # Folding passes over the weight twice in a step, and saves two of the adapter's three products. It pays where a
 # product of M with the tokens has this many multiplications for each entry of the weight (see docs/performance.md).
@@ -173,7 +173,7 @@ class MoraLayer(BaseTunerLayer):
         """decompress(M compress(.)) as a matrix, as [`get_delta_weight`] is without `use_dora`."""
         m_RR = self.mora_M[adapter]
         dtype = m_RR.dtype
-        if m_RR.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        if m_RR.device.type == "cpu" and dtype in HALF:
             m_RR = m_RR.float()  # sums of half precision values lose digits, and some CPUs lack the kernels
         delta_DK = get_operator(self.mora_operator[adapter]).dense(m_RR, self.mora_layout[adapter])
         return transpose(delta_DK.to(dtype), self.fan_in_fan_out)
@@ -222,7 +222,7 @@ class MoraLayer(BaseTunerLayer):
         operator, layout, m_RR = self._parts(adapter)
         if not _has_kernel(operator, layout, x_BK, m_RR):
             return result_BD + self.mora_update(x_BK, adapter)
-        if _under_autocast(x_BK) and m_RR.dtype != torch.float64:  # as in the products of the pure functions
+        if under_autocast(x_BK) and m_RR.dtype != torch.float64:  # as in the products of the pure functions
             dtype = torch.get_autocast_dtype(x_BK.device.type)
             x_BK, m_RR = x_BK.to(dtype), m_RR.to(dtype)
         else:
@@ -298,7 +298,7 @@ class Linear(nn.Module, MoraLayer):
             # A dequantised weight is a copy already, in a dtype that may be coarser than the sum needs.
             elif check or self.quantization_backend is not None:
                 changed = (weight + sign * self.get_delta_weight(adapter)).to(weight.dtype)
-            elif m_RR.dtype in (torch.float16, torch.bfloat16):
+            elif m_RR.dtype in HALF:
                 changed = weight.add_(self.get_delta_weight(adapter), alpha=sign)
             else:  # without the D x K matrix
                 weight_DK = transpose(weight, self.fan_in_fan_out)
@@ -399,7 +399,7 @@ class Linear(nn.Module, MoraLayer):
             and (base.bias is None or not base.bias.requires_grad)
             and (isinstance(dropout, nn.Identity) or not dropout.training or _has_mask(dropout, operator, x_BK))
             and m_RR.dtype == base.weight.dtype == x_BK.dtype
-            and not _under_autocast(x_BK)
+            and not under_autocast(x_BK)
         )
         return adapter if joins else None
 
@@ -451,11 +451,6 @@ def _has_mask(dropout: nn.Module, operator: Operator, x_BK: Tensor) -> bool:
 
 def _tokens(x_BK: Tensor) -> int:
     return x_BK.numel() // x_BK.shape[-1]
-
-
-def _under_autocast(x_BK: Tensor) -> bool:
-    kind = x_BK.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
 
 
 def _products_are_exact(dtype: torch.dtype) -> bool:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 Grouping = Literal["strided", "blocked"]
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def rotation_matrices_adjoint(m_NRR: Tensor, layout: Layout) -> Tensor:
 
     Half precision is turned back and summed up in single.
     """
-    if m_NRR.dtype in (torch.float16, torch.bfloat16):
+    if m_NRR.dtype in HALF:
         m_NRR = m_NRR.float()
     cos, sin = (table[:, None] for table in _angles(layout, m_NRR))
     return _turn(m_NRR, cos, sin).sum(dim=0)

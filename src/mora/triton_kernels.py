@@ -228,10 +228,26 @@ def _kept(position, seed, dropped):
 
 
 @triton.jit
-def _first_of_group(group, FEATURES: tl.constexpr, SIZE: tl.constexpr, BLOCKED: tl.constexpr):
-    """(index of a group's first value, from one of its values to the next)."""
-    step: tl.constexpr = 1 if BLOCKED else SIZE
-    return group * (FEATURES // SIZE) + tl.minimum(group, FEATURES % SIZE) if BLOCKED else group, step
+def _tile(
+    tokens,
+    STRIDE: tl.constexpr,
+    FEATURES: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of this program: tokens, columns, their groups, which are inside, where a group's first value lies, and the step
+    from there to the next."""
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    group = tl.program_id(2) * LENGTH + column
+    inside = (token < tokens) & (column < LENGTH)
+    size: tl.constexpr = LENGTH * BLOCKS
+    step: tl.constexpr = 1 if BLOCKED else size
+    first = group * (FEATURES // size) + tl.minimum(group, FEATURES % size) if BLOCKED else group
+    return token, column, group, inside, token * STRIDE + first, step
 
 
 @triton.jit
@@ -262,15 +278,10 @@ def _sum_groups(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    group = tl.program_id(2) * LENGTH + column
-    inside = (token < tokens) & (column < LENGTH)
+    token, column, group, inside, index, step = _tile(tokens, STRIDE, FEATURES, LENGTH, BLOCKS, BLOCKED, ROWS, COLUMNS)
     size: tl.constexpr = LENGTH * BLOCKS
     whole: tl.constexpr = FEATURES // size
     past: tl.constexpr = FEATURES % size
-    first, step = _first_of_group(group, FEATURES, size, BLOCKED)
-    index = token * STRIDE + first
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for member in tl.range(0, whole, loop_unroll_factor=4):
         total += _read(x, index + member * step, inside, seed, dropped, MASKED)
@@ -313,16 +324,11 @@ def _add_to_groups(
     COLUMNS: tl.constexpr,
     FRESH: tl.constexpr,
 ):
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    token, column, group, inside, index, step = _tile(tokens, STRIDE, FEATURES, LENGTH, BLOCKS, BLOCKED, ROWS, COLUMNS)
     block = tl.program_id(2)
-    group = block * LENGTH + column
-    inside = (token < tokens) & (column < LENGTH)
     size: tl.constexpr = LENGTH * BLOCKS
     whole: tl.constexpr = FEATURES // size
     past: tl.constexpr = FEATURES % size
-    first, step = _first_of_group(group, FEATURES, size, BLOCKED)
-    index = token * STRIDE + first
     row = values + token * BLOCKS * WIDTH
     value = tl.load(row + block * WIDTH + column, mask=inside, other=0).to(tl.float32)
     if MASKED:

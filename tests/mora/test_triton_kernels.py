@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import GROUPINGS, OPERATORS, WAYS, dropped
+from test_kernels import GROUPINGS, WAYS, dropped, every_operator, every_way_but_folded
 from torch.nn.functional import linear
 
 from mora import Layout, get_operator, kernels
@@ -151,11 +151,8 @@ def check_step(way, name, p, layout, batch, dtype=torch.float32):
         assert (mine - other).norm() <= bound * other.norm()
 
 
-every_way_but_folded = pytest.mark.parametrize("way", [way for way in WAYS if way != "folded"])
-
-
 @every_way_but_folded
-@pytest.mark.parametrize("name", OPERATORS)
+@every_operator
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @settings(deadline=None, derandomize=True, max_examples=EXAMPLES)
 @given(st.data())
@@ -165,7 +162,7 @@ def test_value_and_gradients_are_those_of_the_pair(way, name, p, data):
 
 
 @every_way_but_folded
-@pytest.mark.parametrize("name", OPERATORS)
+@every_operator
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("sides", [(16, 16, 8), (20, 20, 8), (8, 40, 8), (40, 16, 8), (12, 12, 12), (30, 17, 10)])
