@@ -38,13 +38,6 @@ def until(reached: Callable[[], object], what: str, seconds: float = 240) -> Non
         time.sleep(0.2)
 
 
-def wait_for_checkpoint(out: Path, name: str = "checkpoint-*") -> None:
-    """Until a run in the output folder has written it, or two minutes."""
-    deadline = time.monotonic() + 120
-    while not list(out.glob(f"work/*/checkpoints/{name}")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-
 def children_of(process: int) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True)
     return [int(child) for child in found.stdout.split()]

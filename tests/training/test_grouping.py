@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import wait_for_checkpoint
+from held import HELD_GSM8K, stopped
 from run_outcome import assert_same_run, only_record
 from tiny import ROOT, TINY
 
@@ -17,11 +17,12 @@ from mora_repro.training.train import GroupedByLength
 GROUPED = [
     *(override for override in TINY if not override.startswith("task")),
     "task=gsm8k",
+    HELD_GSM8K,
     "task.train_limit=44",
     "task.test_limit=2",
     "training.group_by_length=true",
     "training.steps=30",
-    "training.evaluate_at=[6]",
+    "training.evaluate_at=[16]",  # in the second epoch
 ]
 
 
@@ -43,25 +44,23 @@ def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
     assert order(lengths, 3, 199) == orders[1] != order(lengths, 4, 199)
 
 
-def train(out, trainer: str) -> subprocess.Popen:
-    how = [f"trainer={trainer}", f"trainer.processes={1 if trainer == 'plain' else 2}"]
-    arguments = [sys.executable, "train.py", "method=lora", *GROUPED, *how, f"out={out}"]
-    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_bit_and_two_processes_have_the_same_batches(tmp_path):
+def test_a_stopped_run_goes_on_to_the_bit_and_two_processes_have_the_same_batches(tmp_path):
     for trainer in ("plain", "ddp"):
         whole, cut = tmp_path / trainer, tmp_path / f"{trainer}-cut"
-        said = (process := train(whole, trainer)).communicate()[1]
-        assert process.returncode == 0, said
-        process = train(cut, trainer)
-        wait_for_checkpoint(cut, "checkpoint-16")  # in the second epoch
-        process.send_signal(signal.SIGTERM)
-        process.communicate()
-        assert process.returncode == 130 and only_record(cut).status == "interrupted"
-        said = (process := train(cut, trainer)).communicate()[1]
-        assert process.returncode == 0 and "going on from step" in said
+        how = [f"trainer={trainer}", f"trainer.processes={1 if trainer == 'plain' else 2}"]
+        arguments = ["train.py", "method=lora", *GROUPED, *how]
+
+        def train(out, arguments=arguments):
+            command = [sys.executable, *arguments, f"out={out}"]
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+        done = train(whole)
+        assert done.returncode == 0, done.stderr
+        status, said = stopped(tmp_path / "hold", signal.SIGTERM, *arguments, f"out={cut}")
+        assert status == 130 and only_record(cut).status == "interrupted", said
+        done = train(cut)
+        assert done.returncode == 0 and "going on from step 17" in done.stderr, done.stderr
         assert_same_run(whole, cut)
     plain, ddp = only_record(tmp_path / "plain"), only_record(tmp_path / "ddp")
     assert ddp.curve.loss == pytest.approx(plain.curve.loss, abs=5e-6)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import wait_for_checkpoint
+from held import HELD_UUID, stopped
 from run_outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 
@@ -85,35 +85,22 @@ def test_a_finished_run_says_so_and_stops_and_rerun_runs_it_again(command_here, 
     ("method", "number"), [("mora", signal.SIGINT), ("fft", signal.SIGTERM), ("lora", signal.SIGKILL)]
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command_here, tmp_path, method, number):
-    steps = ["training.steps=40", "training.evaluate_at=[12,24]"]
+    arguments = ["train.py", f"method={method}", *TINY, HELD_UUID, "training.evaluate_at=[7]"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    command_here("train.py", f"method={method}", *TINY, *steps, f"out={whole}")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", f"method={method}", *TINY, *steps, f"out={cut}"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-    )
-    run_id = RunSpec.from_config(compose_config([f"method={method}", *TINY, *steps])).id
-    deadline = time.monotonic() + 120
-    while last_step(cut / "work" / run_id / "checkpoints") < 8 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    process.communicate()
-    assert last_step(cut / "work" / run_id / "checkpoints") >= 8, "the signal came after the run's end"
+    command_here(*arguments, f"out={whole}")
+    status, said = stopped(tmp_path / "hold", number, *arguments, f"out={cut}")
     if number != signal.SIGKILL:
-        assert process.returncode == 130
+        assert status == 130, said
         assert only_record(cut).status == "interrupted"
     else:
         # What a kill in the middle of a save leaves behind.
-        torn = cut / "work" / run_id / "checkpoints" / "checkpoint-39"
+        [checkpoint] = cut.glob("work/*/checkpoints/*")
+        torn = checkpoint.with_name("checkpoint-11")
         torn.mkdir()
         (torn / "trainer_state.json").write_text("{")
-    command_here("train.py", f"method={method}", *TINY, *steps, f"out={cut}")
+    done = command_here(*arguments, f"out={cut}")
+    assert f"going on from step {4 if number == signal.SIGKILL else 8}" in done.stderr
     assert_same_run(whole, cut)
-
-
-def last_step(checkpoints: Path) -> int:
-    return max((int(path.name.split("-")[1]) for path in checkpoints.glob("checkpoint-*")), default=0)
 
 
 @pytest.mark.slow
@@ -156,12 +143,9 @@ def test_a_mistake_is_said_before_the_base_is_trained(command_here, tmp_path, ov
 
 @pytest.mark.slow
 def test_an_interrupt_ends_a_multirun(tmp_path):
-    arguments = [sys.executable, "train.py", "-m", "method=lora,mora", *TINY, "training.steps=400", f"out={tmp_path}"]
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for_checkpoint(tmp_path)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate()[1]
-    assert process.returncode == 130 and said.count("the same command goes on where it was") == 1
+    arguments = ["train.py", "-m", "method=lora,mora", *TINY, HELD_UUID, f"out={tmp_path}"]
+    status, said = stopped(tmp_path / "hold", signal.SIGINT, *arguments)
+    assert status == 130 and said.count("the same command goes on where it was") == 1
     assert only_record(tmp_path).status == "interrupted"
 
 

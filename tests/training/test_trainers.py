@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import children_of, is_running, launcher, until, wait_for_checkpoint
+from held import HELD_UUID, held, stopped
+from processes import children_of, is_running, launcher
 from run_outcome import assert_same_run, only_record, weights
 from tiny import ROOT, TINY
 
@@ -129,47 +130,42 @@ def test_a_run_goes_on_to_the_bit_from_before_at_and_after_a_merge(tmp_path, tra
 
 @pytest.mark.slow
 def test_a_run_under_zero_3_that_is_killed_leaves_no_process_and_goes_on_to_the_bit(tmp_path):
-    how = ["trainer=zero3", "trainer.processes=2", SHARDED, "training.steps=24", "training.save_every=1"]
+    how = [
+        "trainer=zero3",
+        "trainer.processes=2",
+        SHARDED,
+        HELD_UUID,
+        "training.evaluate_at=[8]",
+        "training.save_every=3",
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = train("remora", *how, f"out={whole}")
     assert done.returncode == 0, done.stderr
-    arguments = [sys.executable, "train.py", *overrides("remora", *how), f"out={killed}"]
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
-    wait_for_checkpoint(killed, "checkpoint-11")
-    children = children_of(process.pid)
-    process.kill()
-    process.communicate()
-    assert len(children) == 2 and not any(is_running(child) for child in children)
-    assert not list(killed.glob("runs/*")), "the kill came after the run's end"
+    with held(tmp_path / "hold", "train.py", *overrides("remora", *how), f"out={killed}") as process:
+        children = children_of(process.pid)
+        process.kill()
+        process.communicate()
+        assert len(children) == 2 and not any(is_running(child) for child in children)
     done = train("remora", *how, f"out={killed}")
-    assert done.returncode == 0 and "going on from step 1" in done.stderr, done.stderr
+    assert done.returncode == 0 and "going on from step 6" in done.stderr, done.stderr
     assert_same_run(whole, killed)
-
-
-# The loss is logged every 7 steps: its mean must not forget the steps before a stop.
-RARELY = ["trainer=zero2", "trainer.processes=2", "training.steps=100", "training.log_every=7"]
-
-
-def checkpoints(out: Path) -> set[Path]:
-    return set(out.glob("work/*/checkpoints/checkpoint-*"))
 
 
 @pytest.mark.slow
 def test_a_signal_stops_all_processes_after_the_same_step(tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train("relora", *RARELY, f"out={whole}").returncode == 0
-    arguments = [sys.executable, "train.py", *overrides("relora", *RARELY), f"out={stopped}"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    # The loss is logged every 7 steps: its mean must not forget the steps before a stop.
+    how = ["trainer=zero2", "trainer.processes=2", "training.steps=40", "training.log_every=7"]
+    how += [HELD_UUID, "training.evaluate_at=[9,18,27]"]
+    assert train("relora", *how, f"out={whole}").returncode == 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        before = checkpoints(stopped)
-        process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        until(lambda before=before: checkpoints(stopped) - before, "no new checkpoint")
-        process.send_signal(number)
-        said = process.communicate()[1]
-        assert process.returncode == 130, said
+        status, said = stopped(tmp_path / "hold", number, "train.py", *overrides("relora", *how), f"out={cut}")
+        assert status == 130, said
         assert said.count("stopping after this step") == 1 and said.count("goes on where it was") == 1
-        assert only_record(stopped).status == "interrupted"
-    assert train("relora", *RARELY, f"out={stopped}").returncode == 0
-    assert_same_run(whole, stopped)
+        assert only_record(cut).status == "interrupted"
+    done = train("relora", *how, f"out={cut}")
+    assert done.returncode == 0 and "going on from step 28" in done.stderr, done.stderr
+    assert_same_run(whole, cut)
 
 
 @pytest.mark.slow
@@ -209,12 +205,11 @@ def test_an_error_of_all_processes_is_shown_once(tmp_path, started_by, override,
 
 @pytest.mark.slow
 def test_every_process_ends_where_one_is_killed(tmp_path):
-    arguments = [sys.executable, "train.py", "method=lora", *TINY, "training.steps=2000", "trainer.processes=2"]
-    process = subprocess.Popen([*arguments, f"out={tmp_path}"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for_checkpoint(tmp_path)
-    children = children_of(process.pid)
-    assert len(children) == 2
-    os.kill(children[1], signal.SIGKILL)
+    arguments = ["train.py", "method=lora", *TINY, HELD_UUID, "trainer.processes=2", f"out={tmp_path}"]
+    with held(tmp_path / "hold", *arguments) as process:
+        children = children_of(process.pid)
+        assert len(children) == 2
+        os.kill(children[1], signal.SIGKILL)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and "rank 1 of 2" in said
     assert not any(is_running(child) for child in children)
@@ -253,13 +248,11 @@ def test_hydras_multirun_starts_processes_for_every_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_changed_spec_is_said_to_be_another_run(tmp_path):
-    arguments = [sys.executable, "train.py", *overrides("lora", "training.steps=2000", f"out={tmp_path}")]
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
-    wait_for_checkpoint(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    said = train("lora", f"out={tmp_path}").stderr
-    assert "not the run that was interrupted with training.steps=2000: it starts at step 0" in said
+    how = ["train.py", "method=lora", *TINY, HELD_UUID, f"out={tmp_path}"]
+    status, said = stopped(tmp_path / "hold", signal.SIGTERM, *how, "training.steps=20")
+    assert status == 130, said
+    said = subprocess.run([sys.executable, *how], cwd=ROOT, capture_output=True, text=True).stderr
+    assert "not the run that was interrupted with training.steps=20: it starts at step 0" in said
 
 
 def test_sruns_variables_are_taken_for_torchruns(monkeypatch):
