@@ -20,12 +20,12 @@ from mora_repro.data.gsm8k import Gsm8k
 from mora_repro.data.uuid import Uuid
 from mora_repro.spec.run_spec import Eval
 
-VARIABLE = "MORA_TESTS_HOLD"
+HOLD = "MORA_TESTS_HOLD"  # the environment's variable with the path of a file: as long as it is there, runs wait
 
 
 def _held(questions: Questions) -> Questions:
     def score(answer: str, gold: str) -> dict[str, tuple[float, float]]:
-        hold = Path(os.environ.get(VARIABLE, "/nowhere"))
+        hold = Path(os.environ.get(HOLD, "/nowhere"))
         while hold.exists():
             _waits(hold).touch()
             time.sleep(0.02)
@@ -53,27 +53,34 @@ HELD_GSM8K = "task._target_=held.HeldGsm8k"
 
 
 @contextmanager
-def held(hold: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Python with these arguments, in a session of its own; within, one of its runs waits in an evaluation.
-
-    `hold` is a file that is not there yet. An error where the process ends before it waits.
-    """
+def holding(hold: Path) -> Iterator[None]:
+    """Within, runs whose environment has this file as HOLD wait in their next evaluation."""
+    _waits(hold).unlink(missing_ok=True)
     hold.touch()
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | {VARIABLE: str(hold)},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
     try:
+        yield
+    finally:
+        hold.unlink()
+
+
+@contextmanager
+def held(hold: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Python with these arguments, in a session of its own; within, one of its runs waits.
+
+    An error where the process ends before it waits.
+    """
+    with holding(hold):
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=os.environ | {HOLD: str(hold)},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         until(lambda: _waits(hold).exists() or process.poll() is not None, "no evaluation")
         assert process.poll() is None, process.communicate()[1]
         yield process
-    finally:
-        hold.unlink()
-        _waits(hold).unlink(missing_ok=True)
 
 
 def stopped(hold: Path, number: int, *arguments: str) -> tuple[int, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, why_not
+from held import HELD_UUID, HOLD, holding
 from processes import until
 from sweeps import OVERRIDES, Submitted, queued, slurm, until_all_ended
 from tiny import ROOT
@@ -27,14 +28,17 @@ def finished(out):
 def test_two_nodes_of_two_processes_with_zero_2_give_the_losses_of_one_process(tmp_path):
     """Also where they are stopped in between, as before a time limit."""
     build_extensions()
-    steps = ["training.steps=60", "training.save_every=2"]
+    steps = ["training.steps=60", "training.evaluate_at=[20]", HELD_UUID]
     four = {"method": "lora", "rank": "low", "overrides": [*steps, "trainer=zero2", "trainer.processes=null"]}
     one = {"method": "lora", "rank": "low", "overrides": [*steps, "training.micro_batch_size=1"]}
-    sweep = Submitted(tmp_path, [four, one], {"nodes": 2, "processes": 2})
-    assert sweep() == 0
-    run = sweep.run_of("trainer=zero2")
-    until(lambda: list(sweep.out.glob(f"work/{run}/checkpoints/checkpoint-*")), "no checkpoint")
-    slurm("scancel", "--batch", "--signal=USR1", f"{sweep.manifest.batches[0].id}_0")
+    hold = tmp_path / "hold"
+    sweep = Submitted(tmp_path, [four, one], {"nodes": 2, "processes": 2, "env": {HOLD: str(hold)}})
+    with holding(hold):
+        assert sweep() == 0
+        run = sweep.run_of("trainer=zero2")
+        until(lambda: "step 18/60" in sweep.log("train-1-0"), "no step")
+        slurm("scancel", "--batch", "--signal=USR1", f"{sweep.manifest.batches[0].id}_0")
+        until(lambda: "stopping after this step" in sweep.log("train-1-0"), "it does not stop")
     until_all_ended()
     records = finished(sweep.out)
     many, alone = records[run], records[sweep.run_of("training.micro_batch_size=1")]
@@ -63,7 +67,7 @@ def test_a_search_its_choice_and_the_runs_need_no_hand_in_between(tmp_path):
     assert "9 finished" in sweep.log("report-1") and list(sweep.out.glob("search/*.csv"))
 
 
-LONG = ["training.steps=400", "training.save_every=20", "training.evaluate_at=[200]"]
+LONG = ["training.steps=1000", "training.save_every=20", "training.evaluate_at=[500]"]
 ROWS = [{"method": method, "overrides": LONG} for method in ("fft", "lora", "mora")]
 ROWS[1]["rank"] = ROWS[2]["rank"] = "low"
 
