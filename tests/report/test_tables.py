@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mora_repro.report import tables
 from mora_repro.report.terminal import grid
+from mora_repro.results.search import grid as tried_at
 from mora_repro.spec.table import Cell, load_table
 
 STEPS = (75, 150, 225, 300)
@@ -73,6 +74,16 @@ def test_rows_that_have_not_searched_beside_one_that_has_are_named():
     caption = tables.caption(tables.build("2", "mini", [*plain, *searched(mora)]))
     assert "At the rates of their recipes, where others have searched theirs: 1 of 5 cells (LoRA r=4)." in caption
     assert "recipes" not in tables.caption(tables.build("2", "mini", [*searched(lora), *searched(mora)]))
+
+
+def test_no_row_is_bold_where_some_have_searched_and_others_have_not():
+    fft = Cell("fft", None, "uuid", "mini")
+    tries = [made for made in searched(fft) if made.spec.seed]
+    best = fft.with_settings(tried_at(fft)[-1])
+    runs = [record(best, seed, [value] * 4) for seed, value in enumerate(THREE_SEEDS["fft", None])]
+    others = {cell: values for cell, values in THREE_SEEDS.items() if cell != ("fft", None)}
+    text = tables.markdown(tables.build("2", "mini", [*tries, *runs, *table_records(others)]))
+    assert "91.0 ± 2.5" in text and "**" not in text and "rows that have all searched" in text
 
 
 @pytest.mark.parametrize(("trainable", "marked"), [(4080, False), (3920, False), (4081, True), (3919, True)])

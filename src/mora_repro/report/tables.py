@@ -127,11 +127,16 @@ class View:
         )
 
     def winners(self) -> list[int | None]:
-        """For every column, the index of the line that is better than all others, if one is (`winner`)."""
-        return [
-            winner([line.entries[i].values for line in self.lines], at(column.metric, self.scale))
-            for i, column in enumerate(self.columns)
-        ]
+        """For every column, the index of the line that is better than all others, if one is (`winner`).
+
+        None where some have searched their rates and others have not.
+        """
+        found: list[int | None] = []
+        for column, entries in zip(self.columns, zip(*(line.entries for line in self.lines))):
+            alike = len({entry.result.searched for entry in entries if entry.result and entry.values}) == 1
+            values = [entry.values for entry in entries]
+            found.append(winner(values, at(column.metric, self.scale)) if alike else None)
+        return found
 
 
 def build(name: str, scale: str, records: Sequence[Record]) -> View:
@@ -326,7 +331,10 @@ def caption(view: View) -> str:
     if lower:
         parts.append("Lower is better." if lower == len(view.columns) else "Of perplexity, lower is better.")
     if len(view.seeds) > 1:
-        parts.append("Bold: better than every other row (t-tests paired by seed, at 5 % after Holm's correction).")
+        alike = ", of rows that have all searched their rates or none" if view.unsearched else ""
+        parts.append(
+            f"Bold: better than every other row (t-tests paired by seed, at 5 % after Holm's correction){alike}."
+        )
     if any(line.off_budget for line in view.lines):
         parts.append("†: the number of trainable parameters is more than 2 % off LoRA's at the same r.")
     if view.bases > 1:
