@@ -400,9 +400,10 @@ class Pool:
 
 def title(spec: RunSpec) -> str:
     """A run's short name on the screen."""
-    alpha = (spec.method.peft or {}).get("lora_alpha")
-    scaled = "" if alpha is None else f" alpha {alpha:g}"
-    return f"{spec.task['name']} {spec.name} seed {spec.seed} lr {spec.lr:g}{scaled}"
+    peft = spec.method.peft or {}
+    operator = f" {peft['operator']}" if peft.get("operator") else ""
+    scaled = f" alpha {peft['lora_alpha']:g}" if peft.get("lora_alpha") else ""
+    return f"{spec.task['name']} {spec.name}{operator} seed {spec.seed} lr {spec.lr:g}{scaled}"
 
 
 def _tail(path: Path) -> tuple[int, int | None, str] | None:
