@@ -14,7 +14,7 @@ from mora_repro.results.records import Store
 from mora_repro.results.search import search
 from mora_repro.spec.compose import options
 from mora_repro.spec.table import Selection, load_table, ranks
-from mora_repro.sweep import Job, Sweep, planned, run_jobs
+from mora_repro.sweep import Job, Sweep, planned, run_jobs, title
 
 SWEEP = """
 import sys
@@ -86,6 +86,11 @@ def assert_run_once(out, records):
     for record in records:
         log = (Store(out).work(record.id) / "log.txt").read_text()
         assert log.count("parameters are trained") == 1, log
+
+
+def test_the_rows_of_table_4_have_different_names_on_the_screen():
+    names = [title(cell.spec(0)) for cell in load_table("4").cells("mini")]
+    assert len(set(names)) == len(names) == 8 and "gsm8k MoRA r=4 sharing seed 0 lr 0.01" in names
 
 
 @pytest.mark.parametrize("name", options("table"))
