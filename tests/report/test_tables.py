@@ -86,6 +86,13 @@ def test_no_row_is_bold_where_some_have_searched_and_others_have_not():
     assert "91.0 ± 2.5" in text and "**" not in text and "rows that have all searched" in text
 
 
+def test_a_row_of_several_ranks_has_no_one_number_of_parameters():
+    cells = load_table("4").cells("mini")
+    view = tables.build("4", "mini", [record(cell, 0, [1.0, 2.0], metric="exact_match") for cell in cells])
+    assert {row[1] for row in rows_of(tables.markdown(view))} == {"-"}
+    assert sorted(set(tables.data(view).trainable)) == [4_000, 32_000]
+
+
 @pytest.mark.parametrize(("trainable", "marked"), [(4080, False), (3920, False), (4081, True), (3919, True)])
 def test_a_row_off_loras_budget_by_more_than_two_percent_is_marked(trainable, marked):
     _, lora, mora, *_ = load_table("2").cells("mini")

@@ -52,7 +52,12 @@ class Line:
 
     @property
     def trainable(self) -> int | None:
-        """The trainable parameters, of the first task that has run; tasks differ by their vocabularies."""
+        """The trainable parameters, of the first task that has run; tasks differ by their vocabularies.
+
+        None also where the row has several ranks: the CSV has those of each cell.
+        """
+        if len({result.cell.r for result in self.results}) > 1:
+            return None
         return next((count for result in self.results if (count := result.trainable) is not None), None)
 
     @property
