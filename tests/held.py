@@ -38,14 +38,17 @@ def _waits(hold: Path) -> Path:
     return hold.with_name(f"{hold.name}-waits")
 
 
-class HeldUuid(Uuid):
+class _Held:
     def benchmarks(self, settings: Eval) -> Sequence[Questions]:
         return [_held(questions) for questions in super().benchmarks(settings)]
 
 
-class HeldGsm8k(Gsm8k):
-    def benchmarks(self, settings: Eval) -> Sequence[Questions]:
-        return [_held(questions) for questions in super().benchmarks(settings)]
+class HeldUuid(_Held, Uuid):
+    pass
+
+
+class HeldGsm8k(_Held, Gsm8k):
+    pass
 
 
 HELD_UUID = "task._target_=held.HeldUuid"

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from mora_repro.results.records import Store
 from mora_repro.sweep import Job, run_jobs
-jobs = [Job.of([f"method={method}", "training.steps=300", *sys.argv[2:]]) for method in ("lora", "mora", "fft")]
+jobs = [Job.of([f"method={method}", *sys.argv[2:]]) for method in ("lora", "mora", "fft")]
 sys.exit(run_jobs(jobs, Store(Path(sys.argv[1])), workers=2))
 """
 
@@ -48,7 +48,7 @@ def alive(pattern: str) -> bool:
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_sweep_goes_on_where_it_was(command, tmp_path):
     arguments = ["-c", SWEEP, str(tmp_path), *TINY, HELD_UUID]
     with held(tmp_path / "hold", *arguments) as process:
         process.send_signal(signal.SIGINT)
@@ -60,20 +60,20 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     assert not alive(f"out={tmp_path}")
     statuses = [record.status for record in Store(tmp_path).load_all()[0]]
     assert "interrupted" in statuses
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+    command(*arguments)
     records, problems = Store(tmp_path).load_all()
     assert [record.status for record in records] == ["finished"] * 3 and not problems
     assert all(record.curve.step == list(range(1, 13)) for record in records)
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_started_again_loses_no_run_and_makes_none_twice(tmp_path):
+def test_a_killed_sweep_started_again_loses_no_run_and_makes_none_twice(command, tmp_path):
     """Killed, it can't stop its runs: they go on, and the next sweep takes their records."""
     arguments = ["-c", SWEEP, str(tmp_path), *TINY, HELD_UUID]
     with held(tmp_path / "hold", *arguments) as process:
         process.kill()
         process.wait()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+    command(*arguments)
     records, problems = Store(tmp_path).load_all()
     assert [record.status for record in records] == ["finished"] * 3 and not problems
     assert all(record.curve.step == list(range(1, 13)) for record in records)

@@ -2,13 +2,11 @@
 
 import random
 import signal
-import subprocess
-import sys
 
 import pytest
 from held import HELD_GSM8K, stopped
 from run_outcome import assert_same_run, only_record
-from tiny import ROOT, TINY
+from tiny import TINY
 
 from mora_repro.spec import RunSpec, compose_config
 from mora_repro.training.train import GroupedByLength
@@ -45,22 +43,16 @@ def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_to_the_bit_and_two_processes_have_the_same_batches(tmp_path):
+def test_a_stopped_run_goes_on_to_the_bit_and_two_processes_have_the_same_batches(command, tmp_path):
     for trainer in ("plain", "ddp"):
         whole, cut = tmp_path / trainer, tmp_path / f"{trainer}-cut"
         how = [f"trainer={trainer}", f"trainer.processes={1 if trainer == 'plain' else 2}"]
         arguments = ["train.py", "method=lora", *GROUPED, *how]
-
-        def train(out, arguments=arguments):
-            command = [sys.executable, *arguments, f"out={out}"]
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-        done = train(whole)
-        assert done.returncode == 0, done.stderr
+        command(*arguments, f"out={whole}")
         status, said = stopped(tmp_path / "hold", signal.SIGTERM, *arguments, f"out={cut}")
         assert status == 130 and only_record(cut).status == "interrupted", said
-        done = train(cut)
-        assert done.returncode == 0 and "going on from step 17" in done.stderr, done.stderr
+        done = command(*arguments, f"out={cut}")
+        assert "going on from step 17" in done.stderr, done.stderr
         assert_same_run(whole, cut)
     plain, ddp = only_record(tmp_path / "plain"), only_record(tmp_path / "ddp")
     assert ddp.curve.loss == pytest.approx(plain.curve.loss, abs=5e-6)

@@ -247,11 +247,11 @@ def test_hydras_multirun_starts_processes_for_every_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_changed_spec_is_said_to_be_another_run(tmp_path):
+def test_a_changed_spec_is_said_to_be_another_run(command, tmp_path):
     how = ["train.py", "method=lora", *TINY, HELD_UUID, f"out={tmp_path}"]
     status, said = stopped(tmp_path / "hold", signal.SIGTERM, *how, "training.steps=20")
     assert status == 130, said
-    said = subprocess.run([sys.executable, *how], cwd=ROOT, capture_output=True, text=True).stderr
+    said = command(*how).stderr
     assert "not the run that was interrupted with training.steps=20: it starts at step 0" in said
 
 

@@ -296,8 +296,8 @@ def frame(view: View, bold: Callable[[str], str]) -> pd.DataFrame:
         cells = {(groups[0], "method" if view.table.method is None else "operator"): line.title}
         if any(each.r is not None for each in view.lines):
             cells[groups[0], "r"] = "-" if line.r is None else str(line.r)
-        trainable = line.trainable
-        cells[groups[0], "trainable"] = "-" if trainable is None else f"{trainable:,}{' †' if line.off_budget else ''}"
+        trainable = "-" if line.trainable is None else f"{line.trainable:,}"
+        cells[groups[0], "trainable"] = f"{trainable} †" if line.off_budget else trainable
         cells[groups[0], "seeds"] = str(len(line.seeds))
         for title, entry, first in zip(view.titles, line.entries, winners, strict=True):
             cells[groups[1], title] = bold(shown(entry)) if first == index else shown(entry)
